@@ -1,0 +1,128 @@
+"""Settings of each part, with every default written once. Unknown keys are errors (`build`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from dspark.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which models, in which precision, where."""
+
+    target: str = "smollm2-135m"
+    drafter: str = ""  # folder; empty: the shipped one, if the target has one; "none": no drafter
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    threads: int = 0  # torch threads of a replica; 0: torch's own choice
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype must be float32, bfloat16 or float16; got {self.dtype!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Bounds of a verifier engine."""
+
+    max_requests: int = 32  # generated at the same time
+    max_waiting: int = 256  # queued behind them; beyond, OverloadedError
+    cache_tokens: int = 32768  # positions of KV cache, over all requests
+    prefill_chunk_tokens: int = 256  # prompt tokens in one step
+    policy: str = "adaptive"  # adaptive | fixed | off
+    block_size: int = 0  # draft tokens a round; 0: the drafter's own
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_requests", "max_waiting", "cache_tokens", "prefill_chunk_tokens")
+        if self.policy not in ("adaptive", "fixed", "off"):
+            raise ConfigError(f"policy must be adaptive, fixed or off; got {self.policy!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class DraftConfig:
+    """Bounds of a draft replica."""
+
+    cache_tokens: int = 65536  # positions of context, over all sessions
+    max_batch_works: int = 64  # works drafted for together
+    max_streams: int = 32  # verifiers served at once
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Leases and the store."""
+
+    heartbeat_s: float = 1.0
+    lease_s: float = 5.0  # a replica silent for this long is gone
+    store_url: str = ""  # redis://… ; empty: in this process
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """The public side."""
+
+    http_host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_host: str = "127.0.0.1"
+    grpc_port: int = 50051
+    max_in_flight: int = 256  # requests at once; beyond, OverloadedError
+    resume_timeout_s: float = 120.0  # how long a stream looks for a verifier that can go on with it
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """All four services."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    verifier_replicas: int = 1
+    draft_replicas: int = 1
+
+    def __post_init__(self) -> None:
+        _positive(self, "verifier_replicas")
+        if self.draft_replicas < 0:
+            raise ConfigError(f"draft_replicas must not be negative; got {self.draft_replicas}")
+
+
+def build(cls: type[T], values: Mapping[str, Any]) -> T:
+    """A settings object from plain data, nested; ConfigError names a key that does not exist."""
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(values.keys() - known.keys())
+    if unknown:
+        raise ConfigError(
+            f"{cls.__name__} has no setting {', '.join(map(repr, unknown))}; it has "
+            f"{', '.join(sorted(known))}"
+        )
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        nested: Any = known[key].default_factory
+        is_group = isinstance(nested, type) and isinstance(value, Mapping)
+        made[key] = build(nested, value) if is_group else value
+    return cls(**made)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings of a YAML or JSON file; ConfigError if it cannot be read as a mapping."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read settings from {path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings; got {type(raw).__name__}")
+    return raw
+
+
+def _positive(settings: object, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name} must be at least 1; got {getattr(settings, name)}")

@@ -1,0 +1,1 @@
+"""The mathematics of lossless acceptance: laws, noise, verification. Tensors in, tensors out."""

@@ -1,0 +1,138 @@
+"""Putting engines together from settings: used by the in-process LLM and by the services alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from dspark.config import DraftConfig, EngineConfig, ModelConfig
+from dspark.engine.draft_link import DraftLink
+from dspark.engine.drafting import DraftEngine
+from dspark.engine.profiling import profile_steps
+from dspark.engine.sequence import pages_for
+from dspark.engine.verifier import VerifierEngine
+from dspark.errors import ConfigError
+from dspark.models.builtin import resolve_target, shipped_drafter
+from dspark.models.checkpoint import fingerprint, load_drafter, read_config
+from dspark.models.drafter import FeatureProjection
+from dspark.models.target import TargetModel
+
+NO_DRAFTER = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTarget:
+    """A target, and the verifier's part of its drafter where there is one."""
+
+    target: TargetModel
+    projection: FeatureProjection | None
+    drafter_fingerprint: str
+    block_size: int  # 0 without a drafter
+    eos_token_ids: tuple[int, ...]
+
+
+def drafter_folder(model: ModelConfig) -> Path | None:
+    """The drafter that the settings name or imply; ConfigError if a named one is not there."""
+    if model.drafter == NO_DRAFTER:
+        return None
+    if not model.drafter:
+        return shipped_drafter(model.target)
+    folder = Path(model.drafter)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"there is no drafter folder {model.drafter!r}: name one that holds config.json and "
+            f"model.safetensors, or {NO_DRAFTER!r} to decode without"
+        )
+    return folder
+
+
+def load_target(model: ModelConfig) -> LoadedTarget:
+    """Load the target with taps for its drafter."""
+    if model.threads:
+        torch.set_num_threads(model.threads)
+    folder = drafter_folder(model)
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    config = None if folder is None else read_config(folder)
+    target = TargetModel.load(
+        resolve_target(model.target),
+        dtype=dtype,
+        device=model.device,
+        tap_layer_ids=() if config is None else config.target_layer_ids,
+    )
+    projection = None
+    if folder is not None:
+        projection = load_drafter(folder, target).feature_projection
+        projection.to(device=model.device, dtype=dtype).requires_grad_(False)
+    return LoadedTarget(
+        target=target,
+        projection=projection,
+        drafter_fingerprint="" if folder is None else fingerprint(folder),
+        block_size=0 if config is None else config.block_size,
+        eos_token_ids=eos_token_ids(target),
+    )
+
+
+def load_draft_engine(
+    model: ModelConfig, draft: DraftConfig, target: TargetModel | None = None
+) -> DraftEngine:
+    """Load a drafter; ConfigError without one. Shares `target`'s weights, or loads them."""
+    folder = drafter_folder(model)
+    if folder is None:
+        raise ConfigError(
+            f"no drafter is known for {model.target!r}: train one with `dspark train` and name its "
+            "folder as the drafter"
+        )
+    if target is None:
+        target = TargetModel.load(
+            resolve_target(model.target), dtype=getattr(torch, model.dtype), device=model.device
+        )
+    drafter = load_drafter(folder, target).for_inference(getattr(torch, model.dtype), model.device)
+    return DraftEngine(drafter, pages_for(draft.cache_tokens) + 1)
+
+
+def make_verifier(
+    loaded: LoadedTarget,
+    engine: EngineConfig,
+    link: DraftLink | None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> VerifierEngine:
+    """A verifier with a step-time table measured here and now, if its policy needs one."""
+    speculative = link is not None and loaded.projection is not None
+    verifier = VerifierEngine(
+        loaded.target,
+        engine,
+        projection=loaded.projection if speculative else None,
+        link=link if speculative else None,
+        block_size=loaded.block_size,
+        eos_token_ids=loaded.eos_token_ids,
+    )
+    if speculative and engine.policy == "adaptive":
+        verifier.table = profile_steps(
+            loaded.target,
+            block_size=engine.block_size or loaded.block_size,
+            max_requests=engine.max_requests,
+            on_progress=on_progress,
+        )
+    return verifier
+
+
+def eos_token_ids(target: TargetModel) -> tuple[int, ...]:
+    """Tokens that end a generation, by the model's generation settings."""
+    config = getattr(target.model, "generation_config", None)
+    eos = getattr(config, "eos_token_id", None)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+
+
+def load_tokenizer(target: str) -> Any:
+    """The target's tokenizer; ConfigError if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(resolve_target(target))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the tokenizer of {target!r}: {error}") from error

@@ -1,0 +1,132 @@
+"""From a step's logits to a verdict for each request, whatever mix of sampling rules it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dspark.decoding.acceptance import (
+    Drafts,
+    Verdict,
+    coupled_choices,
+    verify_equal,
+    verify_rejection,
+)
+from dspark.decoding.law import target_law
+from dspark.decoding.noise import Stream, draw_key, key_tensor, uniform
+from dspark.types import BlockProposal, Fence, Request, VerifyMode
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A request whose rows decide tokens in this step."""
+
+    request: Request
+    fence: Fence
+    proposal: BlockProposal | None
+    verified: int  # ℓ: admitted draft tokens
+
+
+def judge(
+    logits: torch.Tensor,  # [N, V], Σ(1+ℓ) rows in the order of `judged`
+    judged: list[Judged],
+) -> list[Verdict]:
+    """One verdict a request, in order."""
+    verdicts: dict[int, Verdict] = {}
+    for members, decide in _split(judged):
+        if not members:
+            continue
+        rows = _rows_of(members, judged, logits.device)
+        part = logits if len(members) == len(judged) else logits[rows]
+        for index, verdict in zip(members, decide(part, [judged[i] for i in members]), strict=True):
+            verdicts[index] = verdict
+    return [verdicts[i] for i in range(len(judged))]
+
+
+_Decide = Callable[[torch.Tensor, list[Judged]], list[Verdict]]
+
+
+def _split(judged: list[Judged]) -> list[tuple[list[int], _Decide]]:
+    greedy, coupled, rejection = [], [], []
+    for i, one in enumerate(judged):
+        if one.request.sampling.greedy:
+            greedy.append(i)
+        elif one.request.sampling.mode is VerifyMode.COUPLED:
+            coupled.append(i)
+        else:
+            rejection.append(i)
+    return [(greedy, _greedy), (coupled, _coupled), (rejection, _rejection)]
+
+
+def _greedy(logits: torch.Tensor, judged: list[Judged]) -> list[Verdict]:
+    return verify_equal(logits.argmax(dim=-1), _drafts(judged, logits.device))
+
+
+def _coupled(logits: torch.Tensor, judged: list[Judged]) -> list[Verdict]:
+    keys = [
+        draw_key(one.request.sampling.seed, Stream.COUPLED, one.fence.committed_len + k)
+        for one in judged
+        for k in range(one.verified + 1)
+    ]
+    choices = coupled_choices(_law(logits, judged), key_tensor(keys, logits.device))
+    return verify_equal(choices, _drafts(judged, logits.device))
+
+
+def _rejection(logits: torch.Tensor, judged: list[Judged]) -> list[Verdict]:
+    accept, recover = [], []
+    for one in judged:
+        seed, fence = one.request.sampling.seed, one.fence
+        for k in range(one.verified):
+            accept.append(draw_key(seed, Stream.ACCEPT, fence.epoch, fence.round, k))
+        recover.append(draw_key(seed, Stream.RECOVER, fence.epoch, fence.round))
+    device = logits.device
+    return verify_rejection(
+        _law(logits, judged),
+        _drafts(judged, device, with_law=True),
+        uniform(key_tensor(accept, device)),
+        uniform(key_tensor(recover, device)),
+    )
+
+
+def _law(logits: torch.Tensor, judged: list[Judged]) -> torch.Tensor:
+    per_row = [one.request.sampling for one in judged for _ in range(one.verified + 1)]
+    device = logits.device
+    return target_law(
+        logits,
+        torch.tensor([p.temperature for p in per_row], device=device),
+        torch.tensor([p.top_k for p in per_row], device=device),
+        torch.tensor([p.top_p for p in per_row], device=device),
+    )
+
+
+def _drafts(judged: list[Judged], device: torch.device, with_law: bool = False) -> Drafts:
+    token_ids: list[int] = []
+    ids, probs = [], []
+    for one in judged:
+        if one.verified == 0:
+            continue
+        assert one.proposal is not None
+        token_ids += one.proposal.token_ids[: one.verified].tolist()
+        if with_law:
+            assert one.proposal.candidate_ids is not None
+            assert one.proposal.candidate_probs is not None
+            ids.append(torch.from_numpy(one.proposal.candidate_ids[: one.verified]))
+            probs.append(torch.from_numpy(one.proposal.candidate_probs[: one.verified]))
+    empty = torch.zeros(0, 1)
+    return Drafts(
+        lengths=tuple(one.verified for one in judged),
+        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
+        candidate_ids=(torch.cat(ids) if ids else empty.long()).to(device) if with_law else None,
+        candidate_probs=(torch.cat(probs) if probs else empty).to(device) if with_law else None,
+    )
+
+
+def _rows_of(members: list[int], judged: list[Judged], device: torch.device) -> torch.Tensor:
+    starts, row = [], 0
+    for one in judged:
+        starts.append(row)
+        row += one.verified + 1
+    rows = [starts[i] + k for i in members for k in range(judged[i].verified + 1)]
+    return torch.tensor(rows, dtype=torch.int64, device=device)

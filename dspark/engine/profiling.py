@@ -1,0 +1,82 @@
+"""Measuring the step-time table on the machine that will run the steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from hashlib import sha256
+
+import torch
+
+from dspark.engine.judge import Judged, judge
+from dspark.engine.sequence import pages_for, slots_of_pages
+from dspark.kernels.reference.paged_attention import plan_attention
+from dspark.models.kv_cache import PagedKVCache
+from dspark.models.target import TargetBatch, TargetModel
+from dspark.scheduling.step_table import StepTimeTable
+from dspark.types import Fence, Request, SamplingParams
+
+_CONTEXT_TOKENS = 256
+_REPEATS = 3
+
+
+def profile_steps(
+    target: TargetModel,
+    *,
+    block_size: int,
+    max_requests: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> StepTimeTable:
+    """Time real steps over requests × rows a request; calls `on_progress(done, total)`."""
+    context = min(_CONTEXT_TOKENS, target.max_positions // 2)
+    requests = sorted(
+        {1, *(r for r in (4, 8, 16, 32, 64) if r < max_requests), max(2, max_requests)}
+    )
+    rows = sorted({1, 2, block_size + 1} if block_size else {1, 2})
+    pages = pages_for(context + max(rows))
+    kv = PagedKVCache(pages * max(requests) + 1, target.device)
+    samples: dict[tuple[int, int], list[float]] = {}
+    cells = [(r, q) for r in requests for q in rows]
+    for done, (r, q) in enumerate(cells):
+        batch = _batch(target, r, q, context, pages)
+        greedy = SamplingParams(temperature=0.0)
+        asked = [
+            Judged(Request(str(i), (0,), greedy), Fence(str(i), 0, 0, 1), None, 0)
+            for i in range(r * q)
+        ]
+        times = []
+        for _ in range(_REPEATS + 1):
+            start = time.perf_counter()
+            judge(target.forward(batch, kv).logits, asked)
+            times.append((time.perf_counter() - start) * 1e3)
+        samples[r, q] = times[1:]  # the first warms up
+        on_progress(done + 1, len(cells))
+    return StepTimeTable.from_samples(samples, fingerprint(target))
+
+
+def fingerprint(target: TargetModel) -> str:
+    """Names what a table is valid for: model shape, dtype, device, threads and torch."""
+    facts = (
+        target.config.to_json_string(use_diff=False),
+        str(target.dtype),
+        str(target.device),
+        torch.get_num_threads(),
+        torch.__version__,
+    )
+    return sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _batch(target: TargetModel, requests: int, rows: int, context: int, pages: int) -> TargetBatch:
+    device = target.device
+    slots = [
+        slots_of_pages(list(range(1 + r * pages, 1 + (r + 1) * pages))).to(device)
+        for r in range(requests)
+    ]
+    positions = torch.arange(context - rows, context, device=device).repeat(requests)
+    own = torch.cat([s[context - rows : context] for s in slots])
+    return TargetBatch(
+        token_ids=torch.arange(requests * rows, device=device) % target.vocab_size,
+        positions=positions,
+        attention=plan_attention(positions, own, [rows] * requests, [s[:context] for s in slots]),
+        logit_rows=torch.arange(requests * rows, device=device),
+    )

@@ -1,0 +1,110 @@
+"""The thread that owns a verifier engine, so that torch never runs on an event loop."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from dspark.engine.verifier import VerifierEngine
+from dspark.errors import UnavailableError
+from dspark.types import Request, StepPlan, StepReport, VerificationResult
+
+log = logging.getLogger(__name__)
+
+
+class EngineRunner:
+    """Steps the engine while there is work; everything else goes through its inbox.
+
+    `on_results` and `on_report` are called on the engine's thread and must not block. When a step
+    raises, the engine's state is unknown: `failure` is set, `on_failure` is called once, and
+    nothing runs any more; the replica must be replaced.
+    """
+
+    def __init__(
+        self,
+        engine: VerifierEngine,
+        *,
+        on_results: Callable[[list[VerificationResult]], None],
+        on_report: Callable[[StepReport], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._engine = engine
+        self._on_results, self._on_report = on_results, on_report
+        self._on_failure = on_failure
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="verifier-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the step under way and end the thread."""
+        self._post(self._mark_stopping)
+        self._thread.join()
+
+    def add(self, request: Request) -> Future[None]:
+        """Queue a request; the future fails with what the engine's `add` raises."""
+        added: Future[None] = Future()
+
+        def put() -> None:
+            try:
+                self._engine.add(request)
+            except Exception as error:
+                added.set_exception(error)
+            else:
+                added.set_result(None)
+
+        if self.failure is not None:
+            added.set_exception(UnavailableError(f"this verifier's engine failed: {self.failure}"))
+        else:
+            self._post(put)
+        return added
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request before the next step."""
+        self._post(lambda: self._engine.abort(request_id))
+
+    def set_plan(self, plan: StepPlan) -> None:
+        """Follow `plan` from the next step on."""
+        self._post(lambda: self._engine.set_plan(plan))
+
+    @property
+    def load(self) -> tuple[int, int, int, int]:
+        """The engine's load, as it stands; read without waiting."""
+        return self._engine.load
+
+    def _post(self, action: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(action)
+            self._wake.notify()
+
+    def _mark_stopping(self) -> None:
+        self._stopping = True
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._inbox or self._engine.has_work)
+                    actions = list(self._inbox)
+                    self._inbox.clear()
+                for action in actions:
+                    action()
+                if self._stopping or not self._engine.has_work:
+                    continue
+                results = self._engine.step()
+                if results:
+                    self._on_results(results)
+                if self._engine.last_report is not None:
+                    self._on_report(self._engine.last_report)
+        except Exception as error:
+            log.exception("the verifier's engine failed")
+            self.failure = error
+            self._on_failure(error)

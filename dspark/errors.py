@@ -1,0 +1,78 @@
+"""The errors that DSpark Serve raises, and what each means to a caller.
+
+    DSparkError
+    ├── InvalidRequestError      the request itself is wrong          400  INVALID_ARGUMENT
+    ├── ModelNotFoundError       no such model is served              404  NOT_FOUND
+    ├── OverloadedError          a bounded queue is full; retry later 429  RESOURCE_EXHAUSTED
+    ├── UnavailableError         a part that is needed is not up      503  UNAVAILABLE
+    ├── CheckpointError          a checkpoint cannot be used
+    ├── ConfigError              a setting is wrong
+    ├── DownloadError            a model could not be fetched intact
+    └── ProtocolError            a peer sent a message outside the contract
+
+Every message says what was wrong, what was got, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class DSparkError(Exception):
+    """Base of every error raised on purpose; `code` is the stable machine-readable name."""
+
+    code = "internal_error"
+
+
+class InvalidRequestError(DSparkError):
+    """The request is wrong; `param` names the field."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ModelNotFoundError(DSparkError):
+    """No such model is served here."""
+
+    code = "model_not_found"
+
+
+class OverloadedError(DSparkError):
+    """A bounded queue is full; the caller may retry after `retry_after_s`."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnavailableError(DSparkError):
+    """A part that the request needs is not up."""
+
+    code = "unavailable"
+
+
+class CheckpointError(DSparkError):
+    """A checkpoint is missing, damaged, or does not fit its target."""
+
+    code = "bad_checkpoint"
+
+
+class ConfigError(DSparkError):
+    """A setting is unknown or out of range."""
+
+    code = "bad_config"
+
+
+class DownloadError(DSparkError):
+    """A model could not be fetched, or arrived damaged."""
+
+    code = "download_failed"
+
+
+class ProtocolError(DSparkError):
+    """A peer sent a message that the contract does not allow."""
+
+    code = "protocol_error"

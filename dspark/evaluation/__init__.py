@@ -1,0 +1,1 @@
+"""Measuring drafters and engines on prompts: accepted length, acceptance, throughput."""

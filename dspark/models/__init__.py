@@ -1,0 +1,1 @@
+"""The target (any causal LM of transformers) and the DSpark drafter."""

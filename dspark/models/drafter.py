@@ -1,0 +1,275 @@
+"""The DSpark drafter (paper §3.1): a parallel backbone, a sequential head, a confidence head.
+
+    H_ctx = RMSNorm(fc [H^(l1); …; H^(lm)])             context features, from the target's layers
+    K = [W_K H_ctx ; W_K H_d],  V likewise               in every layer; bidirectional in the block
+    [h_1 … h_γ] = backbone([anchor, mask × (γ-1)])       row k predicts draft token k
+    U_k = LMhead(h_k)                                    the target's, on the draft vocabulary
+    p_k ∝ exp(U_k + W1[x_{k-1}] W2)                      Markov head, left to right
+    c_k = σ(w · [h_k ; W1[x_{k-1}]])                     P(x_k accepted | x_<k accepted)
+
+The layers are the target family's own, taken from transformers by configuration. The context comes
+in through the layer's cache argument: what attention sees as past keys are the projected features.
+
+Shape symbols: S sessions, γ block size, L context rows, d width, m tapped layers, d_t target width,
+V vocabulary, V_d draft vocabulary, r Markov rank, G KV heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from dspark.errors import CheckpointError
+from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterConfig:
+    """Shape of a drafter; names are those of the published checkpoints."""
+
+    block_size: int
+    target_layer_ids: tuple[int, ...]
+    mask_token_id: int
+    markov_rank: int
+    target_hidden_size: int
+    vocab_size: int  # V, the target's
+    draft_vocab_size: int  # V_d
+    context_window: int  # a block sees this many context rows before its anchor; 0: all
+    backbone: dict[str, Any] = field(hash=False)  # transformers configuration of the layers
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of features and backbone."""
+        return int(self.backbone["hidden_size"])
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise CheckpointError(f"block_size must be at least 1; got {self.block_size}")
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise CheckpointError(
+                f"mask_token_id {self.mask_token_id} lies outside the vocabulary of "
+                f"{self.vocab_size}"
+            )
+        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise CheckpointError(
+                f"draft_vocab_size must be between 1 and {self.vocab_size}; got "
+                f"{self.draft_vocab_size}"
+            )
+
+
+class MarkovHead(nn.Module):
+    """Logit bias that depends on the previous token: W1[x] W2."""
+
+    def __init__(self, vocab_size: int, draft_vocab_size: int, rank: int) -> None:
+        super().__init__()
+        self.markov_w1 = nn.Embedding(vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, draft_vocab_size, bias=False)
+        # W1 at unit scale and W2 at nothing: no bias to begin with, but a gradient for W2 at once.
+        # Two small factors would leave both without one.
+        nn.init.normal_(self.markov_w1.weight, std=1.0)
+        nn.init.zeros_(self.markov_w2.weight)
+
+    def embed(self, previous: torch.Tensor) -> torch.Tensor:  # [...] -> [..., r]
+        """W1[x]."""
+        out: torch.Tensor = self.markov_w1(previous)
+        return out
+
+    def bias(self, embedded: torch.Tensor) -> torch.Tensor:  # [..., r] -> [..., V_d]
+        """W1[x] W2, from W1[x]."""
+        out: torch.Tensor = self.markov_w2(embedded)
+        return out
+
+
+class ConfidenceHead(nn.Module):
+    """Logit of the chance that a draft token is accepted."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(hidden_size + rank, 1)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,  # [..., d]
+        embedded: torch.Tensor,  # [..., r]
+    ) -> torch.Tensor:  # [...]
+        """w · [h_k ; W1[x_{k-1}]] + b."""
+        # F.linear keeps this one row out of packing, where the kernels want more than one output
+        out = F.linear(torch.cat([hidden, embedded], dim=-1), self.proj.weight, self.proj.bias)
+        return out[..., 0]
+
+
+class ContextKV(Protocol):
+    """Keys and values of the context features, by layer."""
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [S, G, L, D] of one drafter layer."""
+
+
+class _InjectedContext:
+    """Poses as a layer's cache: past keys are the context's, and nothing is stored."""
+
+    def __init__(self, context: ContextKV) -> None:
+        self._context = context
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        past_keys, past_values = self._context.layer(layer)
+        return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
+
+
+class FeatureProjection(nn.Module):
+    """hidden_norm(fc(·)): what the verifier computes and ships, d values a token."""
+
+    def __init__(self, fc: nn.Module, hidden_norm: nn.Module) -> None:
+        super().__init__()
+        self.fc = fc
+        self.hidden_norm = hidden_norm
+
+    def forward(self, taps: torch.Tensor) -> torch.Tensor:  # [T, m·d_t] -> [T, d]
+        """Project tapped hidden states to context features."""
+        out: torch.Tensor = self.hidden_norm(self.fc(taps))
+        return out
+
+
+class DSparkDrafter(nn.Module):
+    """The network alone; sessions and sampling are dspark.engine.drafting's."""
+
+    embed_weight: torch.Tensor  # [V, d] the target's, frozen
+    head_weight: torch.Tensor  # [V_d, d] the target's rows of the draft vocabulary, frozen
+    draft_token_ids: torch.Tensor  # [V_d] int64, rising; draft id -> target id
+
+    def __init__(
+        self,
+        config: DrafterConfig,
+        embed_weight: torch.Tensor,  # [V, d]
+        lm_head_weight: torch.Tensor,  # [V, d]
+        draft_token_ids: torch.Tensor,  # [V_d]
+    ) -> None:
+        super().__init__()
+        if tuple(embed_weight.shape) != (config.vocab_size, config.hidden_size):
+            raise CheckpointError(
+                f"the drafter wants a target embedding of {config.vocab_size} × "
+                f"{config.hidden_size}, this target has {' × '.join(map(str, embed_weight.shape))}"
+            )
+        self.config = config
+        backbone = _backbone(config)
+        self.layers = backbone.layers
+        self.norm = backbone.norm
+        self.rotary_emb = backbone.rotary_emb
+        taps = len(config.target_layer_ids) * config.target_hidden_size
+        self.fc = nn.Linear(taps, config.hidden_size, bias=False)
+        self.hidden_norm = type(backbone.norm)(config.hidden_size)
+        self.markov_head = MarkovHead(
+            config.vocab_size, config.draft_vocab_size, config.markov_rank
+        )
+        self.confidence_head = ConfidenceHead(config.hidden_size, config.markov_rank)
+        # Buffers that are not saved: they are the target's.
+        self.register_buffer("embed_weight", embed_weight.detach(), persistent=False)
+        self.register_buffer(
+            "head_weight", lm_head_weight.detach()[draft_token_ids].contiguous(), persistent=False
+        )
+        self.register_buffer("draft_token_ids", draft_token_ids, persistent=False)
+        self._packed_head: PackedLinear | None = None
+
+    @property
+    def feature_projection(self) -> FeatureProjection:
+        """The verifier's part of the drafter."""
+        return FeatureProjection(self.fc, self.hidden_norm)
+
+    def context_kv(
+        self,
+        features: torch.Tensor,  # [..., L, d]
+        positions: torch.Tensor,  # [..., L]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # by layer, [..., G, L, D]
+        """Keys and values that context features have in every layer."""
+        flat = features.reshape(-1, features.shape[-2], features.shape[-1])
+        cos, sin = self.rotary_emb(flat, positions.reshape(-1, positions.shape[-1]))
+        out = []
+        for layer in self.layers:
+            attention = layer.self_attn
+            heads = (*flat.shape[:2], -1, attention.head_dim)
+            keys = attention.k_proj(flat).view(heads)
+            if hasattr(attention, "k_norm"):
+                keys = attention.k_norm(keys)
+            keys = _rotate(keys.transpose(1, 2), cos, sin)
+            values = attention.v_proj(flat).view(heads).transpose(1, 2)
+            lead = features.shape[:-2]
+            out.append(
+                (keys.reshape(*lead, *keys.shape[1:]), values.reshape(*lead, *values.shape[1:]))
+            )
+        return out
+
+    def hidden(
+        self,
+        token_ids: torch.Tensor,  # [S, Q] anchors and masks
+        positions: torch.Tensor,  # [S, Q]
+        context: ContextKV,
+        mask: torch.Tensor,  # [S, 1, Q, L + Q] additive, in the weights' dtype
+    ) -> torch.Tensor:  # [S, Q, d]
+        """Backbone hidden states h, final norm applied."""
+        x = F.embedding(token_ids, self.embed_weight).to(self.norm.weight.dtype)
+        embeddings = self.rotary_emb(x, positions)
+        cache = _InjectedContext(context)
+        for layer in self.layers:
+            x = layer(
+                x,
+                attention_mask=mask,
+                position_embeddings=embeddings,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        out: torch.Tensor = self.norm(x)
+        return out
+
+    def block_tokens(self, anchors: torch.Tensor, block_size: int) -> torch.Tensor:
+        """[S] anchors to [S, γ]: the anchor, then masks."""
+        block = anchors.new_full((*anchors.shape, block_size), self.config.mask_token_id)
+        block[..., 0] = anchors
+        return block
+
+    def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [..., d] -> [..., V_d]
+        """U: the target's LM head on the draft vocabulary."""
+        if self._packed_head is not None:
+            out: torch.Tensor = self._packed_head(hidden)
+            return out
+        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+
+    def for_inference(self, dtype: torch.dtype, device: str = "cpu") -> DSparkDrafter:
+        """Freeze, cast and pack, in place; returns itself."""
+        self.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        if can_pack(dtype, device):
+            head = nn.Linear(self.config.hidden_size, self.config.draft_vocab_size, bias=False)
+            head.weight = nn.Parameter(self.head_weight, requires_grad=False)
+            self._packed_head = PackedLinear(head)
+            pack_linears(self.layers)
+            pack_linears(self.markov_head)
+        return self
+
+
+def _backbone(config: DrafterConfig) -> Any:
+    settings = dict(config.backbone)
+    model_type = settings.pop("model_type")
+    try:
+        # No embedding of its own: one row is the least that transformers makes.
+        hf = AutoConfig.for_model(model_type, **{**settings, "vocab_size": 1, "pad_token_id": None})
+        return AutoModel.from_config(hf, attn_implementation="sdpa")
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"the drafter's backbone of type {model_type!r} cannot be built: {error}"
+        ) from error
+
+
+def _rotate(
+    x: torch.Tensor,  # [S, G, L, D]
+    cos: torch.Tensor,  # [S, L, D]
+    sin: torch.Tensor,  # [S, L, D]
+) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos[:, None] + turned * sin[:, None]

@@ -1,0 +1,181 @@
+"""The target: any causal LM of transformers that calls the attention interface.
+
+The model runs unmodified on flattened batches: one row of tokens from many sequences, with its own
+position ids. Our function, registered as an attention implementation, writes the new keys and
+values to pages and attends over each sequence's own. No mask function is registered with it, which
+makes transformers skip building masks altogether.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from dspark.errors import CheckpointError
+from dspark.kernels.reference.paged_attention import AttentionPlan, paged_attention
+from dspark.models.kv_cache import PagedKVCache
+from dspark.models.packed_linear import can_pack, pack_linears
+
+ATTENTION_NAME = "dspark_paged"
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Their frequencies depend on the longest position in the *batch*: one request would change another.
+_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+@dataclass(frozen=True, slots=True)
+class TargetBatch:
+    """One step's rows, flattened over sequences. T rows, N of them with logits."""
+
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    attention: AttentionPlan
+    logit_rows: torch.Tensor  # [N] int64
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOutput:
+    """What the target says of a batch."""
+
+    logits: torch.Tensor  # [N, V]
+    taps: torch.Tensor | None  # [T, m·d] outputs of the tapped layers, side by side
+
+
+class TargetModel:
+    """A causal LM over pages, with taps on chosen layers."""
+
+    def __init__(self, model: Any, tap_layer_ids: tuple[int, ...] = ()) -> None:
+        config = model.config.get_text_config()
+        _refuse_unsupported(config)
+        self.model = model.eval().requires_grad_(False)
+        self.config = config
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self.vocab_size: int = config.vocab_size
+        self.hidden_size: int = config.hidden_size
+        self.max_positions: int = config.max_position_embeddings
+        # kept from before packing, which replaces the module
+        self.embed_weight: torch.Tensor = model.get_input_embeddings().weight
+        self.lm_head_weight: torch.Tensor = model.get_output_embeddings().weight
+        self.final_norm_weight: torch.Tensor = model.get_decoder().norm.weight
+        self.tap_layer_ids = tap_layer_ids
+        self._tapped: dict[int, torch.Tensor] = {}
+        _hook_taps(model, tap_layer_ids, self._tapped)
+        AttentionInterface.register(ATTENTION_NAME, _attend)
+        model.set_attn_implementation(ATTENTION_NAME)
+        if can_pack(self.dtype, self.device):
+            pack_linears(model)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str = "cpu",
+        tap_layer_ids: tuple[int, ...] = (),
+    ) -> TargetModel:
+        """Load a local folder or a hub id; CheckpointError if it cannot be used."""
+        try:
+            _refuse_unsupported(AutoConfig.from_pretrained(path).get_text_config())
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot load the target {str(path)!r}: {error}") from error
+        return cls(model.to(device), tap_layer_ids)
+
+    @torch.inference_mode()
+    def forward(self, batch: TargetBatch, kv: PagedKVCache) -> TargetOutput:
+        """Run the rows of one step, writing their keys and values to `kv`."""
+        out = self.model(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            logits_to_keep=batch.logit_rows,
+            dspark_plan=batch.attention,
+            dspark_kv=kv,
+        )
+        taps = None
+        if self.tap_layer_ids:
+            taps = torch.cat([self._tapped[i][0] for i in self.tap_layer_ids], dim=-1)
+            self._tapped.clear()
+        return TargetOutput(out.logits[0], taps)
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,  # [1, H, T, D], rotary embedding applied
+    key: torch.Tensor,  # [1, G, T, D]
+    value: torch.Tensor,  # [1, G, T, Dv]
+    attention_mask: torch.Tensor | None,
+    *,
+    dspark_plan: AttentionPlan,
+    dspark_kv: PagedKVCache,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    layer = _kv_layer(module)
+    if layer == module.layer_idx:
+        k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        dspark_kv.write(layer, k, v, dspark_plan.slots)
+    keys, values = dspark_kv.layer(layer)
+    out = paged_attention(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        dspark_plan,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out[None], None
+
+
+def _kv_layer(module: Any) -> int:
+    """The layer whose pages this one reads; Gemma's last layers borrow an earlier layer's."""
+    own: int = module.layer_idx
+    if not getattr(module, "is_kv_shared_layer", False):
+        return own
+    types = module.config.layer_types
+    first_shared = module.config.num_hidden_layers - module.config.num_kv_shared_layers
+    return max(i for i in range(first_shared) if types[i] == types[own])
+
+
+def _hook_taps(model: Any, layer_ids: tuple[int, ...], into: dict[int, torch.Tensor]) -> None:
+    layers = model.get_decoder().layers
+    for i in layer_ids:
+        if not 0 <= i < len(layers) - 1:
+            raise CheckpointError(
+                f"cannot tap layer {i} of a target with {len(layers)} layers: choose from 0 to "
+                f"{len(layers) - 2} (the last layer's output is what the LM head already reads)"
+            )
+
+        def keep(_module: nn.Module, _args: object, out: Any, i: int = i) -> None:
+            into[i] = out[0] if isinstance(out, tuple) else out
+
+        layers[i].register_forward_hook(keep)
+
+
+def _refuse_unsupported(config: Any) -> None:
+    types = set(getattr(config, "layer_types", None) or ())
+    if types - _LAYER_TYPES:
+        raise CheckpointError(
+            f"{config.model_type}: layers of type {sorted(types - _LAYER_TYPES)} keep a state that "
+            "pages cannot hold; only full and sliding attention can be served"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    for entry in nested:
+        if entry.get("rope_type") in _BATCH_DEPENDENT_ROPE:
+            raise CheckpointError(
+                f"{config.model_type}: rope_type {entry['rope_type']!r} depends on the other "
+                "requests of a batch, so output would not be the target's own; use a checkpoint "
+                "with a static rope_type (default, linear, yarn, llama3)"
+            )

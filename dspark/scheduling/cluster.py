@@ -1,0 +1,152 @@
+"""What the scheduler knows of the cluster, and where requests go. No I/O; the clock is given.
+
+A replica is known by its incarnation, one for each start of its process, and forgotten when its
+lease runs out. Requests go to the least busy verifier; those placed since its last sign of life
+count too, so that a burst between two heartbeats spreads. Verifiers are paired with the draft
+replica that serves the fewest, and stay with it while it lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from dspark.errors import ModelNotFoundError, UnavailableError
+
+
+class Role(StrEnum):
+    """What a replica does."""
+
+    VERIFIER = "verifier"
+    DRAFT = "draft"
+    GATEWAY = "gateway"
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A process that serves."""
+
+    role: Role
+    incarnation: str
+    address: str
+    model: str = ""
+    drafter_fingerprint: str = ""
+    max_context_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy it is."""
+
+    running: int = 0
+    waiting: int = 0
+    free_pages: int = 0
+    total_pages: int = 0
+
+
+@dataclass(slots=True)
+class Member:
+    """A replica, its last load, and what happened since."""
+
+    replica: Replica
+    load: Load
+    seen_at: float
+    draining: bool = False
+    placed: set[str] = field(default_factory=set)  # request ids since the last heartbeat
+
+    @property
+    def busy(self) -> int:
+        """Requests that it has or is about to get."""
+        return self.load.running + self.load.waiting + len(self.placed)
+
+
+class Cluster:
+    """Members with a lease."""
+
+    def __init__(self, lease_s: float, clock: Callable[[], float]) -> None:
+        self._lease_s, self._clock = lease_s, clock
+        self._members: dict[str, Member] = {}
+        self._pairs: dict[str, str] = {}  # verifier incarnation -> draft incarnation
+        self._models: set[str] = set()  # every model that was ever hosted
+
+    def beat(self, replica: Replica, load: Load, draining: bool = False) -> None:
+        """A sign of life: registers, renews, and takes the load's word for what was placed."""
+        if replica.incarnation not in self._members:
+            # A new process at an address means that the old one is gone.
+            for old in [
+                name
+                for name, member in self._members.items()
+                if member.replica.address == replica.address
+            ]:
+                del self._members[old]
+        if replica.role is Role.VERIFIER:
+            self._models.add(replica.model)
+        self._members[replica.incarnation] = Member(replica, load, self._clock(), draining)
+
+    def members(self) -> list[Member]:
+        """All with a lease."""
+        now = self._clock()
+        gone = [n for n, m in self._members.items() if now - m.seen_at > self._lease_s]
+        for name in gone:
+            del self._members[name]
+        return list(self._members.values())
+
+    def silent_s(self, member: Member) -> float:
+        """Since a member's last sign of life."""
+        return self._clock() - member.seen_at
+
+    def verifiers(self, model: str | None = None) -> list[Member]:
+        """Verifiers that take new requests, of one model or of any."""
+        return [
+            m
+            for m in self.members()
+            if m.replica.role is Role.VERIFIER
+            and not m.draining
+            and (model is None or m.replica.model == model)
+        ]
+
+    def place(self, request_id: str, model: str, avoid: Iterable[str] = ()) -> Replica:
+        """The verifier for a request; the same again for a repeated call.
+
+        Raises ModelNotFoundError when nobody ever hosted the model, UnavailableError when nobody
+        does now. A verifier that is full says so itself, and the caller tries the next.
+        """
+        candidates = self.verifiers(model)
+        if not candidates:
+            if model in self._models:
+                raise UnavailableError(f"no verifier of {model!r} is up at the moment; retry")
+            hosted = ", ".join(sorted(self._models)) or "none yet"
+            raise ModelNotFoundError(f"no verifier hosts {model!r}; hosted here: {hosted}")
+        shunned = set(avoid)
+        wanted = [m for m in candidates if m.replica.incarnation not in shunned] or candidates
+        for member in wanted:
+            if request_id in member.placed:
+                return member.replica
+        chosen = min(wanted, key=lambda m: (m.busy, -m.load.free_pages, m.replica.incarnation))
+        chosen.placed.add(request_id)
+        return chosen.replica
+
+    def draft_for(self, verifier: str) -> Replica | None:
+        """The draft replica that a verifier shall connect to, if one fits."""
+        members = {m.replica.incarnation: m for m in self.members()}
+        own = members.get(verifier)
+        if own is None or not own.replica.drafter_fingerprint:
+            return None
+        self._pairs = {v: d for v, d in self._pairs.items() if v in members and d in members}
+        fitting = {
+            name: m
+            for name, m in members.items()
+            if m.replica.role is Role.DRAFT
+            and not m.draining
+            and m.replica.drafter_fingerprint == own.replica.drafter_fingerprint
+        }
+        paired = self._pairs.get(verifier)
+        if paired not in fitting:
+            if not fitting:
+                self._pairs.pop(verifier, None)
+                return None
+            taken = list(self._pairs.values())
+            paired = min(fitting, key=lambda name: (taken.count(name), name))
+            self._pairs[verifier] = paired
+        return fitting[paired].replica

@@ -1,0 +1,1 @@
+"""Training a drafter from text that its target writes itself."""

@@ -1,0 +1,184 @@
+"""The few small values that every part of the system shares.
+
+Positions count tokens of one request from 0, prompt included. With L tokens committed, the anchor
+is token L-1: the last committed token, not yet run through the target. Features exist for positions
+0..L-2, a block proposes positions L..L+γ-1, and verifying it runs the anchor and the admitted draft
+tokens through the target at positions L-1, L, …
+
+Shape symbols: γ block size, K proposal candidates a position, d drafter width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    import torch
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+MAX_SEED = 2**63 - 1
+
+
+class VerifyMode(StrEnum):
+    """How drafted tokens are accepted (design §2)."""
+
+    REJECTION = "rejection"
+    COUPLED = "coupled"
+
+
+class FinishReason(StrEnum):
+    """Why a request produced its last token."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen; temperature 0 is greedy. Raises InvalidRequestError."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    max_tokens: int = 128
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    mode: VerifyMode = VerifyMode.REJECTION
+    speculate: bool = True
+
+    def __post_init__(self) -> None:
+        def refuse(param: str, got: object, want: str) -> None:
+            raise InvalidRequestError(f"{param} must be {want}; got {got!r}", param=param)
+
+        if not 0.0 <= self.temperature <= 100.0:  # also refuses NaN
+            refuse("temperature", self.temperature, "between 0 and 100")
+        if self.top_k < 0:
+            refuse("top_k", self.top_k, "0 (off) or a positive whole number")
+        if not 0.0 < self.top_p <= 1.0:
+            refuse("top_p", self.top_p, "above 0 and at most 1")
+        if self.max_tokens < 1:
+            refuse("max_tokens", self.max_tokens, "at least 1")
+        if not 0 <= self.seed <= MAX_SEED:
+            refuse("seed", self.seed, f"between 0 and {MAX_SEED}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the next token is the argmax, so that nothing is random."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation. `epoch` grows each time the request is placed anew on a verifier."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Says which state of which request a message between verifier and draft speaks of."""
+
+    session: str
+    epoch: int
+    round: int
+    committed_len: int  # L: tokens committed, the anchor included
+
+
+@dataclass(frozen=True, slots=True)
+class DraftWork:
+    """Verifier to draft: features of newly committed tokens and, if block_size > 0, an anchor."""
+
+    fence: Fence
+    feature_start: int  # position of the first feature row
+    features: torch.Tensor  # [n, d]
+    anchor_token_id: int
+    block_size: int  # draft tokens wanted; 0 only ingests the features
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class BlockProposal:
+    """A drafted block. Candidates are the whole proposal law of each position, sparse.
+
+    They are None where no law is needed: greedy requests and `coupled` mode, in which a draft token
+    is accepted exactly when it equals the target's own choice.
+    """
+
+    fence: Fence
+    token_ids: IntArray  # [γ]
+    confidences: FloatArray  # [γ] P(accepted | all before accepted), raw
+    candidate_ids: IntArray | None = None  # [γ, K]
+    candidate_probs: FloatArray | None = None  # [γ, K], rows sum to 1; 0 pads
+
+
+@dataclass(frozen=True, slots=True)
+class ResyncRequest:
+    """Draft to verifier: this session's features have a gap; send them again from `have_len`."""
+
+    session: str
+    epoch: int
+    have_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationResult:
+    """What one step did for one request. `token_ids[:accepted]` came from the drafter."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    drafted: int  # tokens proposed by the drafter, before trimming
+    verified: int  # tokens that the plan admitted to the target's forward
+    accepted: int
+    finish_reason: FinishReason | None = None
+
+
+class VerificationPolicy(StrEnum):
+    """How many drafted tokens a step verifies."""
+
+    ADAPTIVE = "adaptive"
+    FIXED = "fixed"
+    OFF = "off"
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the scheduler asks of a verifier until `valid_for_s` has passed."""
+
+    epoch: int = 0
+    policy: VerificationPolicy = VerificationPolicy.ADAPTIVE
+    block_size: int = 0  # 0: the drafter's own γ
+    max_draft_tokens: int = 0  # ceiling K on draft tokens in one step; 0: no ceiling
+    confidence_temperatures: tuple[float, ...] = ()  # STS (§3.2), by position; empty: 1
+    valid_for_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a verifier tells the scheduler after a step."""
+
+    step: int
+    step_ms: float
+    draft_wait_ms: float
+    decode_requests: int
+    waiting_requests: int
+    tokens: int  # target tokens in the forward, prefill included
+    prefill_tokens: int
+    drafted: int
+    verified_by_position: tuple[int, ...]
+    accepted_by_position: tuple[int, ...]
+    committed: int
+    free_pages: int
+    total_pages: int

@@ -1,0 +1,156 @@
+"""Attention of flattened, variable-length queries over a paged KV cache: the torch reference.
+
+Every sequence s of a step brings Q_s query rows at consecutive positions and attends to its first
+kv_len_s keys, of which a row at position p sees those at or before p (and after p - window, where
+the layer slides). Sequences with few rows are padded into one batch; long ones (prefill chunks) go
+one by one, since padding the others to their length would cost more than the calls.
+
+Symbols: T rows in the step, S sequences, Q rows of a sequence, L keys, H query heads, G KV heads,
+D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+_LONG_ROWS = 16
+
+
+@dataclass(slots=True)
+class _Group:
+    rows: torch.Tensor  # [S, Q] index into the step's rows; padding repeats a row
+    real: torch.Tensor  # [S, Q] bool, False on padding
+    positions: torch.Tensor  # [S, Q]
+    slots: torch.Tensor  # [S, L] index into the cache; padding is slot 0
+    kv_lens: torch.Tensor  # [S]
+    whole: bool  # no padding among rows, and they are already in order
+    masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:  # [S, 1, Q, L]
+        """Additive mask, made once a step for each window and shared by all layers."""
+        made = self.masks.get((window, dtype))
+        if made is None:
+            key = torch.arange(self.slots.shape[1], device=self.slots.device)
+            seen = key <= self.positions[..., None]
+            seen &= key < self.kv_lens[:, None, None]
+            if window is not None:
+                seen &= key > self.positions[..., None] - window
+            made = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            made = made.masked_fill_(~seen, float("-inf"))[:, None]
+            self.masks[window, dtype] = made
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Where the rows of one step lie and what they see; made once, used by every layer."""
+
+    slots: torch.Tensor  # [T] where each row's own key and value go
+    groups: tuple[_Group, ...]
+
+
+def plan_attention(
+    positions: torch.Tensor,  # [T] int64
+    slots: torch.Tensor,  # [T] int64
+    row_counts: Sequence[int],  # Q_s
+    key_slots: Sequence[torch.Tensor],  # S × [kv_len_s] int64
+) -> AttentionPlan:
+    """Group a step's sequences by how they are best computed."""
+    starts, total = [], 0
+    for count in row_counts:
+        starts.append(total)
+        total += count
+    short = [s for s, count in enumerate(row_counts) if count <= _LONG_ROWS]
+    groups = [
+        _group([s], starts, row_counts, positions, key_slots)
+        for s, count in enumerate(row_counts)
+        if count > _LONG_ROWS
+    ]
+    if short:
+        groups.append(_group(short, starts, row_counts, positions, key_slots))
+    return AttentionPlan(slots, tuple(groups))
+
+
+def _group(
+    members: list[int],
+    starts: list[int],
+    row_counts: Sequence[int],
+    positions: torch.Tensor,
+    key_slots: Sequence[torch.Tensor],
+) -> _Group:
+    device = positions.device
+    counts = torch.tensor([row_counts[s] for s in members], device=device)
+    first = torch.tensor([starts[s] for s in members], device=device)
+    offset = torch.arange(int(counts.max()), device=device)
+    real = offset < counts[:, None]
+    rows = first[:, None] + torch.minimum(offset, counts[:, None] - 1)
+    kv_lens = torch.tensor([len(key_slots[s]) for s in members], device=device)
+    slots = torch.nn.utils.rnn.pad_sequence([key_slots[s] for s in members], batch_first=True)
+    whole = bool(real.all()) and int(counts.sum()) == positions.numel()
+    return _Group(rows, real, positions[rows], slots, kv_lens, whole)
+
+
+def paged_attention(
+    query: torch.Tensor,  # [T, H, D]
+    keys: torch.Tensor,  # [slots, G, D]
+    values: torch.Tensor,  # [slots, G, Dv]
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H] a logit that joins the softmax and is dropped
+) -> torch.Tensor:  # [T, H, Dv]
+    """softmax(scale · q kᵀ) v over each sequence's visible keys."""
+    heads, kv_heads, width = query.shape[1], keys.shape[1], values.shape[2]
+    fold = heads // kv_heads
+    out = query.new_empty(query.shape[0], heads, width)
+    for group in plan.groups:
+        batch, rows = group.rows.shape
+        length = group.slots.shape[1]
+        flat = group.slots.flatten()
+        k = keys.index_select(0, flat).view(batch, length, kv_heads, -1).transpose(1, 2)
+        v = values.index_select(0, flat).view(batch, length, kv_heads, -1).transpose(1, 2)
+        q = query if group.whole else query[group.rows.flatten()]
+        # The query heads of one KV head become extra rows, so that its keys are read once.
+        q = q.view(batch, rows, kv_heads, fold, -1).permute(0, 2, 3, 1, 4)
+        q = q.reshape(batch, kv_heads, fold * rows, -1)
+        mask = group.mask(window, query.dtype)
+        mask = mask.expand(batch, fold, rows, length).reshape(batch, 1, fold * rows, length)
+        if softcap is None and sinks is None:
+            got = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        else:
+            got = _explicit(q, k, v, mask, scale, softcap, sinks, rows)
+        got = got.view(batch, kv_heads, fold, rows, width).permute(0, 3, 1, 2, 4)
+        got = got.reshape(batch, rows, heads, width)
+        if group.whole:
+            out.copy_(got.reshape(-1, heads, width))
+        else:
+            out[group.rows[group.real]] = got[group.real]
+    return out
+
+
+def _explicit(
+    q: torch.Tensor,  # [S, G, fold·Q, D]
+    k: torch.Tensor,  # [S, G, L, D]
+    v: torch.Tensor,  # [S, G, L, Dv]
+    mask: torch.Tensor,  # [S, 1, fold·Q, L]
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    rows: int,
+) -> torch.Tensor:
+    scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask.float()
+    if sinks is not None:
+        column = sinks.float().view(1, k.shape[1], -1, 1).expand(q.shape[0], -1, -1, rows)
+        column = column.reshape(q.shape[0], k.shape[1], -1, 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
+    return torch.matmul(weights.to(v.dtype), v)
