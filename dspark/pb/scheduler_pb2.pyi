@@ -1,0 +1,170 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    ROLE_VERIFIER: _ClassVar[Role]
+    ROLE_DRAFT: _ClassVar[Role]
+    ROLE_GATEWAY: _ClassVar[Role]
+
+class VerificationPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    VERIFICATION_POLICY_UNSPECIFIED: _ClassVar[VerificationPolicy]
+    VERIFICATION_POLICY_ADAPTIVE: _ClassVar[VerificationPolicy]
+    VERIFICATION_POLICY_FIXED: _ClassVar[VerificationPolicy]
+    VERIFICATION_POLICY_OFF: _ClassVar[VerificationPolicy]
+ROLE_UNSPECIFIED: Role
+ROLE_VERIFIER: Role
+ROLE_DRAFT: Role
+ROLE_GATEWAY: Role
+VERIFICATION_POLICY_UNSPECIFIED: VerificationPolicy
+VERIFICATION_POLICY_ADAPTIVE: VerificationPolicy
+VERIFICATION_POLICY_FIXED: VerificationPolicy
+VERIFICATION_POLICY_OFF: VerificationPolicy
+
+class Replica(_message.Message):
+    __slots__ = ("role", "incarnation", "address", "model", "drafter_fingerprint", "max_context_tokens")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    role: Role
+    incarnation: str
+    address: str
+    model: str
+    drafter_fingerprint: str
+    max_context_tokens: int
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., drafter_fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("running", "waiting", "free_pages", "total_pages")
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_PAGES_FIELD_NUMBER: _ClassVar[int]
+    running: int
+    waiting: int
+    free_pages: int
+    total_pages: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ...) -> None: ...
+
+class HeartbeatRequest(_message.Message):
+    __slots__ = ("replica", "load", "draining")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    replica: Replica
+    load: Load
+    draining: bool
+    def __init__(self, replica: _Optional[_Union[Replica, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ...) -> None: ...
+
+class HeartbeatResponse(_message.Message):
+    __slots__ = ("lease_ms", "draft", "verifiers")
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
+    VERIFIERS_FIELD_NUMBER: _ClassVar[int]
+    lease_ms: int
+    draft: Replica
+    verifiers: _containers.RepeatedCompositeFieldContainer[Replica]
+    def __init__(self, lease_ms: _Optional[int] = ..., draft: _Optional[_Union[Replica, _Mapping]] = ..., verifiers: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ...) -> None: ...
+
+class PlaceRequest(_message.Message):
+    __slots__ = ("request_id", "model", "prompt_tokens", "max_tokens", "avoid_incarnations")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AVOID_INCARNATIONS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    model: str
+    prompt_tokens: int
+    max_tokens: int
+    avoid_incarnations: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., avoid_incarnations: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class PlaceResponse(_message.Message):
+    __slots__ = ("verifier",)
+    VERIFIER_FIELD_NUMBER: _ClassVar[int]
+    verifier: Replica
+    def __init__(self, verifier: _Optional[_Union[Replica, _Mapping]] = ...) -> None: ...
+
+class StepReport(_message.Message):
+    __slots__ = ("incarnation", "step", "step_ms", "draft_wait_ms", "decode_requests", "waiting_requests", "tokens", "prefill_tokens", "drafted", "verified_by_position", "accepted_by_position", "committed", "free_pages", "total_pages")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_BY_POSITION_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_BY_POSITION_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_PAGES_FIELD_NUMBER: _ClassVar[int]
+    incarnation: str
+    step: int
+    step_ms: float
+    draft_wait_ms: float
+    decode_requests: int
+    waiting_requests: int
+    tokens: int
+    prefill_tokens: int
+    drafted: int
+    verified_by_position: _containers.RepeatedScalarFieldContainer[int]
+    accepted_by_position: _containers.RepeatedScalarFieldContainer[int]
+    committed: int
+    free_pages: int
+    total_pages: int
+    def __init__(self, incarnation: _Optional[str] = ..., step: _Optional[int] = ..., step_ms: _Optional[float] = ..., draft_wait_ms: _Optional[float] = ..., decode_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., drafted: _Optional[int] = ..., verified_by_position: _Optional[_Iterable[int]] = ..., accepted_by_position: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ...) -> None: ...
+
+class StepPlan(_message.Message):
+    __slots__ = ("epoch", "policy", "block_size", "max_draft_tokens", "confidence_temperatures", "valid_for_ms")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CONFIDENCE_TEMPERATURES_FIELD_NUMBER: _ClassVar[int]
+    VALID_FOR_MS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    policy: VerificationPolicy
+    block_size: int
+    max_draft_tokens: int
+    confidence_temperatures: _containers.RepeatedScalarFieldContainer[float]
+    valid_for_ms: int
+    def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[_Union[VerificationPolicy, str]] = ..., block_size: _Optional[int] = ..., max_draft_tokens: _Optional[int] = ..., confidence_temperatures: _Optional[_Iterable[float]] = ..., valid_for_ms: _Optional[int] = ...) -> None: ...
+
+class DescribeClusterRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReplicaStatus(_message.Message):
+    __slots__ = ("replica", "load", "draining", "silent_ms")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    SILENT_MS_FIELD_NUMBER: _ClassVar[int]
+    replica: Replica
+    load: Load
+    draining: bool
+    silent_ms: int
+    def __init__(self, replica: _Optional[_Union[Replica, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ..., silent_ms: _Optional[int] = ...) -> None: ...
+
+class DescribeClusterResponse(_message.Message):
+    __slots__ = ("replicas", "reports")
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    REPORTS_FIELD_NUMBER: _ClassVar[int]
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
+    reports: _containers.RepeatedCompositeFieldContainer[StepReport]
+    def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., reports: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ...) -> None: ...

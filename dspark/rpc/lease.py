@@ -1,0 +1,102 @@
+"""A replica's lease with the scheduler: a heartbeat that registers, renews, and finds it again.
+
+The scheduler's address is looked up anew after every failure, since a restarted scheduler listens
+elsewhere. While it is away the replica goes on with what it last heard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+import grpc
+
+from dspark.pb import scheduler_pb2 as pb
+from dspark.pb import scheduler_pb2_grpc
+from dspark.rpc.options import channel_options
+
+log = logging.getLogger(__name__)
+
+Locate = Callable[[], Awaitable[str]]
+
+
+class LeaseKeeper:
+    """Beats until stopped. `locate` finds the scheduler; `on_beat` gets what it says."""
+
+    def __init__(
+        self,
+        replica: pb.Replica,
+        locate: Locate,
+        load: Callable[[], pb.Load],
+        on_beat: Callable[[pb.HeartbeatResponse], None],
+        interval_s: float,
+    ) -> None:
+        self._replica, self._locate, self._load = replica, locate, load
+        self._on_beat, self._interval_s = on_beat, interval_s
+        self._draining = False
+        self._task: asyncio.Task[None] | None = None
+        self._channel: grpc.aio.Channel | None = None
+
+    @property
+    def channel(self) -> grpc.aio.Channel | None:
+        """The channel to the scheduler that last answered; None while it is away."""
+        return self._channel
+
+    def start(self) -> None:
+        """Begin to beat on the running event loop."""
+        self._task = asyncio.create_task(self._run())
+
+    async def drain(self) -> None:
+        """Tell the scheduler, once and now, to send nothing new."""
+        self._draining = True
+        if self._channel is not None:
+            try:
+                await self._beat(self._channel)
+            except grpc.aio.AioRpcError as error:
+                log.warning("could not announce draining: %s", error.details())
+
+    async def stop(self) -> None:
+        """Stop beating; the lease runs out by itself."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                if self._channel is None:
+                    address = await self._locate()
+                    channel = grpc.aio.insecure_channel(address, options=channel_options())
+                    try:
+                        await self._beat(channel)
+                    except BaseException:
+                        await channel.close()
+                        raise
+                    self._channel = channel
+                else:
+                    await self._beat(self._channel)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:  # the locator is Ray's and may raise anything
+                log.warning("scheduler out of reach, going on without: %s", _reason(error))
+                channel_lost, self._channel = self._channel, None
+                if channel_lost is not None:
+                    await channel_lost.close()
+            await asyncio.sleep(self._interval_s)
+
+    async def _beat(self, channel: grpc.aio.Channel) -> None:
+        stub = scheduler_pb2_grpc.SchedulerStub(channel)
+        request = pb.HeartbeatRequest(
+            replica=self._replica, load=self._load(), draining=self._draining
+        )
+        self._on_beat(await stub.Heartbeat(request, timeout=2 * self._interval_s))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return str(error.details() or error.code().name)
+    return str(error) or type(error).__name__

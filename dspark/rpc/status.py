@@ -1,0 +1,53 @@
+"""Our errors as gRPC statuses, and back. The stable code travels in trailing metadata."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import grpc
+
+from dspark.errors import (
+    DSparkError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+    ProtocolError,
+    UnavailableError,
+)
+
+_STATUS: dict[type[DSparkError], grpc.StatusCode] = {
+    InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
+    OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    ProtocolError: grpc.StatusCode.FAILED_PRECONDITION,
+}
+_PARAM = "dspark-param"
+_RETRY_AFTER = "dspark-retry-after-s"
+
+
+async def abort(context: grpc.aio.ServicerContext, error: DSparkError) -> NoReturn:
+    """End the call with the status that `error` stands for."""
+    status = _STATUS.get(type(error), grpc.StatusCode.INTERNAL)
+    trailing: list[tuple[str, str]] = []
+    if isinstance(error, InvalidRequestError) and error.param:
+        trailing.append((_PARAM, error.param))
+    if isinstance(error, OverloadedError):
+        trailing.append((_RETRY_AFTER, f"{error.retry_after_s:g}"))
+    await context.abort(status, str(error), tuple(trailing))
+    raise AssertionError("abort raises")  # pragma: no cover
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError) -> DSparkError:
+    """The error that a peer's status stands for; what we do not know means it is unavailable."""
+    message = error.details() or error.code().name
+    trailing = {str(key): str(value) for key, value in error.trailing_metadata() or ()}
+    if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+        return InvalidRequestError(message, param=trailing.get(_PARAM))
+    if error.code() is grpc.StatusCode.NOT_FOUND:
+        return ModelNotFoundError(message)
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return OverloadedError(message, retry_after_s=float(trailing.get(_RETRY_AFTER, 1.0)))
+    if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+        return ProtocolError(message)
+    return UnavailableError(message)

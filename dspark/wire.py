@@ -1,0 +1,361 @@
+"""Between our types and messages. Everything that comes in is checked here, and bounded.
+
+A message that breaks the contract raises ProtocolError (between services) or InvalidRequestError
+(from a caller), naming the field, what was got and what is allowed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dspark.errors import InvalidRequestError, ProtocolError
+from dspark.pb import common_pb2, draft_pb2, scheduler_pb2, verifier_pb2
+from dspark.types import (
+    BlockProposal,
+    DraftWork,
+    Fence,
+    FinishReason,
+    FloatArray,
+    IntArray,
+    Request,
+    ResyncRequest,
+    SamplingParams,
+    StepPlan,
+    StepReport,
+    VerificationPolicy,
+    VerificationResult,
+    VerifyMode,
+)
+
+MAX_ID_CHARS = 128
+MAX_BLOCK_SIZE = 64
+MAX_CANDIDATES = 4096
+MAX_POSITION = 1 << 24
+MAX_WORKS = 4096
+_LAW_TOLERANCE = 1e-3  # on the sum of a position's probabilities, float32 over many candidates
+
+_MODES: dict[int, VerifyMode] = {
+    common_pb2.VERIFY_MODE_UNSPECIFIED: VerifyMode.REJECTION,
+    common_pb2.VERIFY_MODE_REJECTION: VerifyMode.REJECTION,
+    common_pb2.VERIFY_MODE_COUPLED: VerifyMode.COUPLED,
+}
+_MODE_NUMBERS = {
+    VerifyMode.REJECTION: common_pb2.VERIFY_MODE_REJECTION,
+    VerifyMode.COUPLED: common_pb2.VERIFY_MODE_COUPLED,
+}
+_FINISH_NUMBERS = {
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: common_pb2.FINISH_REASON_ABORT,
+}
+_FINISHES: dict[int, FinishReason] = {number: reason for reason, number in _FINISH_NUMBERS.items()}
+_POLICY_NUMBERS = {
+    VerificationPolicy.ADAPTIVE: scheduler_pb2.VERIFICATION_POLICY_ADAPTIVE,
+    VerificationPolicy.FIXED: scheduler_pb2.VERIFICATION_POLICY_FIXED,
+    VerificationPolicy.OFF: scheduler_pb2.VERIFICATION_POLICY_OFF,
+}
+_POLICIES: dict[int, VerificationPolicy] = {
+    number: policy for policy, number in _POLICY_NUMBERS.items()
+}
+
+
+# -- requests -----------------------------------------------------------------------------------
+
+
+def verify_mode(number: int) -> VerifyMode:
+    """A mode by its number; InvalidRequestError for one that does not exist."""
+    if number not in _MODES:
+        raise InvalidRequestError(
+            f"mode {number} is unknown; use VERIFY_MODE_REJECTION (1) or VERIFY_MODE_COUPLED (2)",
+            param="mode",
+        )
+    return _MODES[number]
+
+
+def sampling_to_pb(sampling: SamplingParams) -> common_pb2.Sampling:
+    """SamplingParams as a message."""
+    return common_pb2.Sampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+        stop_token_ids=sampling.stop_token_ids,
+        mode=_MODE_NUMBERS[sampling.mode],
+        speculate=sampling.speculate,
+    )
+
+
+def sampling_from_pb(message: common_pb2.Sampling) -> SamplingParams:
+    """A message as SamplingParams; InvalidRequestError if a value is out of range."""
+    return SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        max_tokens=message.max_tokens,
+        seed=message.seed,
+        stop_token_ids=tuple(message.stop_token_ids),
+        mode=verify_mode(message.mode),
+        speculate=message.speculate,
+    )
+
+
+def request_to_pb(request: Request, model: str) -> verifier_pb2.GenerateTokensRequest:
+    """A request to a verifier."""
+    return verifier_pb2.GenerateTokensRequest(
+        request_id=request.id,
+        epoch=request.epoch,
+        model=model,
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=sampling_to_pb(request.sampling),
+    )
+
+
+def request_from_pb(message: verifier_pb2.GenerateTokensRequest) -> Request:
+    """A verifier's view of a request; InvalidRequestError if it cannot be one."""
+    if not 0 < len(message.request_id) <= MAX_ID_CHARS:
+        raise InvalidRequestError(
+            f"request_id must have 1 to {MAX_ID_CHARS} characters; got {len(message.request_id)}",
+            param="request_id",
+        )
+    return Request(
+        id=message.request_id,
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        sampling=sampling_from_pb(message.sampling),
+        epoch=message.epoch,
+    )
+
+
+def result_to_pb(result: VerificationResult) -> verifier_pb2.GenerateTokensResponse:
+    """One step's tokens."""
+    return verifier_pb2.GenerateTokensResponse(
+        token_ids=result.token_ids,
+        drafted=result.drafted,
+        verified=result.verified,
+        accepted=result.accepted,
+        finish_reason=finish_to_pb(result.finish_reason),
+    )
+
+
+def result_from_pb(
+    request_id: str, message: verifier_pb2.GenerateTokensResponse
+) -> VerificationResult:
+    """One step's tokens, as the gateway sees them."""
+    return VerificationResult(
+        request_id=request_id,
+        token_ids=tuple(message.token_ids),
+        drafted=message.drafted,
+        verified=message.verified,
+        accepted=message.accepted,
+        finish_reason=_FINISHES.get(message.finish_reason),
+    )
+
+
+def finish_to_pb(reason: FinishReason | None) -> common_pb2.FinishReason:
+    """A finish reason's number; unspecified while there is none."""
+    if reason is None:
+        return common_pb2.FINISH_REASON_UNSPECIFIED
+    return _FINISH_NUMBERS[reason]
+
+
+# -- verifier and draft ---------------------------------------------------------------------------
+
+
+def work_to_pb(work: DraftWork) -> draft_pb2.DraftWork:
+    """Work with its features as bfloat16 rows."""
+    rows = work.features.to(device="cpu", dtype=torch.bfloat16).contiguous()
+    return draft_pb2.DraftWork(
+        fence=_fence_to_pb(work.fence),
+        feature_start=work.feature_start,
+        features=rows.view(torch.uint8).numpy().tobytes() if rows.numel() else b"",
+        anchor_token_id=work.anchor_token_id,
+        block_size=work.block_size,
+        sampling=sampling_to_pb(work.sampling),
+    )
+
+
+def work_from_pb(message: draft_pb2.DraftWork, width: int, vocab_size: int) -> DraftWork:
+    """Work as the draft service takes it; ProtocolError if it breaks the contract."""
+    fence = _fence_from_pb(message.fence)
+    row_bytes = 2 * width
+    if len(message.features) % row_bytes:
+        raise ProtocolError(
+            f"features must be whole rows of {row_bytes} bytes; got {len(message.features)} bytes"
+        )
+    if message.block_size > MAX_BLOCK_SIZE:
+        raise ProtocolError(
+            f"block_size must be at most {MAX_BLOCK_SIZE}; got {message.block_size}"
+        )
+    if message.feature_start + len(message.features) // row_bytes > MAX_POSITION:
+        raise ProtocolError(f"features reach past position {MAX_POSITION}")
+    if message.anchor_token_id >= vocab_size:
+        raise ProtocolError(
+            f"anchor_token_id must lie below {vocab_size}; got {message.anchor_token_id}"
+        )
+    # bytearray: torch wants memory that it may write to
+    raw = torch.frombuffer(bytearray(message.features), dtype=torch.bfloat16) \
+        if message.features else torch.empty(0, dtype=torch.bfloat16)  # fmt: skip
+    try:
+        sampling = sampling_from_pb(message.sampling)
+    except InvalidRequestError as error:
+        raise ProtocolError(f"sampling: {error}") from error
+    return DraftWork(
+        fence=fence,
+        feature_start=message.feature_start,
+        features=raw.view(-1, width),
+        anchor_token_id=message.anchor_token_id,
+        block_size=message.block_size,
+        sampling=sampling,
+    )
+
+
+def proposal_to_pb(proposal: BlockProposal) -> draft_pb2.BlockProposal:
+    """A block as a message."""
+    message = draft_pb2.BlockProposal(
+        fence=_fence_to_pb(proposal.fence),
+        token_ids=proposal.token_ids.tolist(),
+        confidences=proposal.confidences.tolist(),
+    )
+    if proposal.candidate_ids is not None and proposal.candidate_probs is not None:
+        message.candidates = proposal.candidate_ids.shape[1]
+        message.candidate_ids = proposal.candidate_ids.astype("<u4").tobytes()
+        message.candidate_probs = proposal.candidate_probs.astype("<f4").tobytes()
+    return message
+
+
+def proposal_from_pb(message: draft_pb2.BlockProposal, vocab_size: int) -> BlockProposal:
+    """A block as the verifier takes it; ProtocolError if it breaks the contract."""
+    size, k = len(message.token_ids), message.candidates
+    if not 0 < size <= MAX_BLOCK_SIZE or len(message.confidences) != size:
+        raise ProtocolError(
+            f"a block needs 1 to {MAX_BLOCK_SIZE} tokens and a confidence for each; got {size} "
+            f"tokens and {len(message.confidences)} confidences"
+        )
+    tokens = np.array(message.token_ids, dtype=np.int64)
+    confidences = np.array(message.confidences, dtype=np.float32)
+    if int(tokens.max()) >= vocab_size:
+        raise ProtocolError(f"token_ids must lie below {vocab_size}; got {int(tokens.max())}")
+    if not ((confidences >= 0) & (confidences <= 1)).all():
+        raise ProtocolError(f"confidences must lie in 0..1; got {confidences.tolist()}")
+    fence = _fence_from_pb(message.fence)
+    if not k:
+        return BlockProposal(fence, tokens, confidences)
+    ids, probs = _law_from_pb(message, size, k, vocab_size)
+    return BlockProposal(fence, tokens, confidences, ids, probs)
+
+
+def _law_from_pb(
+    message: draft_pb2.BlockProposal, size: int, k: int, vocab_size: int
+) -> tuple[IntArray, FloatArray]:  # [γ, K]
+    if k > MAX_CANDIDATES or {len(message.candidate_ids), len(message.candidate_probs)} != {
+        4 * size * k
+    }:
+        raise ProtocolError(
+            f"a law of {size} × {k} candidates needs {4 * size * k} bytes of ids and as many of "
+            f"probabilities, and at most {MAX_CANDIDATES} candidates; got "
+            f"{len(message.candidate_ids)} and {len(message.candidate_probs)} bytes"
+        )
+    ids = np.frombuffer(message.candidate_ids, dtype="<u4").reshape(size, k).astype(np.int64)
+    probs = np.frombuffer(message.candidate_probs, dtype="<f4").reshape(size, k).astype(np.float32)
+    if int(ids.max()) >= vocab_size:
+        raise ProtocolError(f"candidate_ids must lie below {vocab_size}; got {int(ids.max())}")
+    sums = probs.sum(axis=1)
+    if (
+        not (np.isfinite(probs).all() and (probs >= 0).all())
+        or (np.abs(sums - 1.0) > _LAW_TOLERANCE).any()
+    ):
+        raise ProtocolError(f"candidate_probs must be laws; their sums are {sums.tolist()}")
+    if any(len(np.unique(row)) != k for row in ids):
+        raise ProtocolError("candidate_ids of one position must differ")
+    return ids, probs
+
+
+def resync_to_pb(resync: ResyncRequest) -> draft_pb2.ResyncRequest:
+    """A resync request as a message."""
+    return draft_pb2.ResyncRequest(
+        session=resync.session, epoch=resync.epoch, have_len=resync.have_len
+    )
+
+
+def resync_from_pb(message: draft_pb2.ResyncRequest) -> ResyncRequest:
+    """A resync request; what it names is looked up, so nothing needs checking."""
+    return ResyncRequest(message.session, message.epoch, message.have_len)
+
+
+def _fence_to_pb(fence: Fence) -> draft_pb2.Fence:
+    return draft_pb2.Fence(
+        session=fence.session,
+        epoch=fence.epoch,
+        round=fence.round,
+        committed_len=fence.committed_len,
+    )
+
+
+def _fence_from_pb(message: draft_pb2.Fence) -> Fence:
+    if not 0 < len(message.session) <= MAX_ID_CHARS:
+        raise ProtocolError(
+            f"session must have 1 to {MAX_ID_CHARS} characters; got {len(message.session)}"
+        )
+    if not 0 < message.committed_len <= MAX_POSITION:
+        raise ProtocolError(
+            f"committed_len must lie in 1..{MAX_POSITION}; got {message.committed_len}"
+        )
+    return Fence(message.session, message.epoch, message.round, message.committed_len)
+
+
+# -- verifier and scheduler -----------------------------------------------------------------------
+
+
+def report_to_pb(report: StepReport, incarnation: str) -> scheduler_pb2.StepReport:
+    """A step report as a message."""
+    return scheduler_pb2.StepReport(
+        incarnation=incarnation,
+        step=report.step,
+        step_ms=report.step_ms,
+        draft_wait_ms=report.draft_wait_ms,
+        decode_requests=report.decode_requests,
+        waiting_requests=report.waiting_requests,
+        tokens=report.tokens,
+        prefill_tokens=report.prefill_tokens,
+        drafted=report.drafted,
+        verified_by_position=report.verified_by_position,
+        accepted_by_position=report.accepted_by_position,
+        committed=report.committed,
+        free_pages=report.free_pages,
+        total_pages=report.total_pages,
+    )
+
+
+def plan_to_pb(plan: StepPlan) -> scheduler_pb2.StepPlan:
+    """A plan as a message."""
+    return scheduler_pb2.StepPlan(
+        epoch=plan.epoch,
+        policy=_POLICY_NUMBERS[plan.policy],
+        block_size=plan.block_size,
+        max_draft_tokens=plan.max_draft_tokens,
+        confidence_temperatures=plan.confidence_temperatures,
+        valid_for_ms=round(plan.valid_for_s * 1000),
+    )
+
+
+def plan_from_pb(message: scheduler_pb2.StepPlan) -> StepPlan:
+    """A plan as the verifier takes it; ProtocolError if it breaks the contract."""
+    policy = _POLICIES.get(message.policy)
+    if policy is None:
+        raise ProtocolError(f"a plan needs a policy; got {message.policy}")
+    if message.block_size > MAX_BLOCK_SIZE:
+        raise ProtocolError(
+            f"block_size must be at most {MAX_BLOCK_SIZE}; got {message.block_size}"
+        )
+    temperatures = tuple(message.confidence_temperatures)
+    if not all(0.0 < t < 1e6 for t in temperatures):
+        raise ProtocolError(f"confidence temperatures must be positive; got {temperatures}")
+    return StepPlan(
+        epoch=message.epoch,
+        policy=policy,
+        block_size=message.block_size,
+        max_draft_tokens=message.max_draft_tokens,
+        confidence_temperatures=temperatures,
+        valid_for_s=message.valid_for_ms / 1000,
+    )
