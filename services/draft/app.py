@@ -1,0 +1,107 @@
+"""The draft service's replica: a drafter on its own thread behind its own gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from dspark.config import ServeConfig
+from dspark.engine.assembly import drafter_folder, load_draft_engine
+from dspark.errors import UnavailableError
+from dspark.models.checkpoint import fingerprint
+from dspark.pb import draft_pb2, draft_pb2_grpc, scheduler_pb2
+from dspark.rpc.lease import LeaseKeeper
+from dspark.rpc.server import ReplicaServer, check_serving
+from dspark.services.draft.servicer import DraftServicer
+from dspark.services.draft.worker import DraftWorker
+
+log = logging.getLogger(__name__)
+
+_DRAIN_S = 2.0  # nothing is lost when a draft stream ends
+
+
+@serve.deployment(
+    name="draft",
+    health_check_period_s=2,
+    health_check_timeout_s=10,
+    graceful_shutdown_timeout_s=_DRAIN_S + 5,
+    ray_actor_options={"num_cpus": 0},
+)
+class DraftReplica:
+    """Loads the drafter, then serves and beats until it is stopped."""
+
+    # Serve awaits it; what starts here lives on the replica's event loop.
+    async def __init__(  # type: ignore[misc]
+        self, config: ServeConfig, scheduler: DeploymentHandle
+    ) -> None:
+        self._incarnation = f"draft-{uuid4().hex[:12]}"
+        # Ray sets OMP_NUM_THREADS by the CPUs it reserves, and we reserve none.
+        model = replace(config.model, threads=config.model.threads or os.cpu_count() or 1)
+        folder = drafter_folder(model)
+        engine = await asyncio.to_thread(load_draft_engine, model, config.draft)
+        assert folder is not None  # load_draft_engine has refused otherwise
+        weights = fingerprint(folder)
+        self._worker = DraftWorker(engine, config.draft.max_batch_works, self._failed)
+        self._worker.start()
+        host = ray.util.get_node_ip_address()
+        self._server = ReplicaServer()
+        servicer = DraftServicer(
+            self._worker,
+            engine,
+            incarnation=self._incarnation,
+            drafter_fingerprint=weights,
+            max_streams=config.draft.max_streams,
+        )
+        draft_pb2_grpc.add_DraftServicer_to_server(servicer, self._server.server)
+        descriptor = draft_pb2.DESCRIPTOR.services_by_name["Draft"]
+        port = await self._server.start(host, 0, [descriptor])
+        self._address = f"{host}:{port}"
+        self._lease = LeaseKeeper(
+            replica=scheduler_pb2.Replica(
+                role=scheduler_pb2.ROLE_DRAFT,
+                incarnation=self._incarnation,
+                address=self._address,
+                model=model.target,
+                drafter_fingerprint=weights,
+            ),
+            locate=lambda: scheduler.grpc_address.remote(),
+            load=lambda: scheduler_pb2.Load(running=self._worker.sessions),
+            on_beat=lambda _: None,
+            interval_s=config.scheduler.heartbeat_s,
+        )
+        self._lease.start()
+        log.info("draft %s serves %s at %s", self._incarnation, model.target, self._address)
+
+    async def pid(self) -> int:
+        """This process; for operators and fault tests."""
+        return os.getpid()
+
+    async def check_health(self) -> None:
+        """Raises when the engine failed or the server does not answer: Serve then replaces us."""
+        if self._worker.failure is not None:
+            raise UnavailableError(f"the draft engine failed: {self._worker.failure}")
+        await check_serving(self._address)
+
+    async def __del__(self) -> None:
+        """Leave the pool, close streams, stop."""
+        await self._lease.drain()
+        await self._server.stop(_DRAIN_S)
+        await self._lease.stop()
+        await asyncio.to_thread(self._worker.stop)
+
+    def _failed(self, error: BaseException) -> None:
+        log.error("this replica asks to be replaced: %s", error)
+
+
+def deployment(config: ServeConfig, scheduler: Any) -> Any:
+    """The bound deployment; `scheduler` is the scheduler's handle."""
+    replica: Any = DraftReplica  # Serve's decorators are untyped
+    return replica.options(num_replicas=config.draft_replicas).bind(config, scheduler)

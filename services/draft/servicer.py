@@ -1,0 +1,119 @@
+"""dspark.v1.Draft over a DraftWorker: decode, hand over, encode."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+
+from dspark.engine.drafting import DraftEngine
+from dspark.errors import OverloadedError, ProtocolError
+from dspark.pb import draft_pb2 as pb
+from dspark.pb import draft_pb2_grpc
+from dspark.rpc.draft_link import PROTOCOL_VERSION
+from dspark.rpc.status import abort
+from dspark.services.draft.worker import DraftWorker
+from dspark.types import BlockProposal, DraftWork, ResyncRequest
+from dspark.wire import MAX_WORKS, proposal_to_pb, resync_to_pb, work_from_pb
+
+log = logging.getLogger(__name__)
+
+CREDITS = 4
+
+
+class DraftServicer(draft_pb2_grpc.DraftServicer):
+    """One stream a verifier."""
+
+    def __init__(
+        self,
+        worker: DraftWorker,
+        engine: DraftEngine,
+        *,
+        incarnation: str,
+        drafter_fingerprint: str,
+        max_streams: int,
+    ) -> None:
+        self._worker = worker
+        self._block_size = engine.block_size
+        self._width = engine.drafter.config.hidden_size
+        self._vocab_size = engine.drafter.config.vocab_size
+        self._incarnation = incarnation
+        self._fingerprint = drafter_fingerprint
+        self._max_streams = max_streams
+        self._clients = itertools.count()
+        self._open = 0
+
+    async def Connect(  # noqa: N802 - the name is the contract's
+        self,
+        request_iterator: AsyncIterator[pb.ConnectRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        """Serve one verifier until its stream ends; then forget its sessions."""
+        try:
+            self._greet(await anext(request_iterator, None))
+        except (ProtocolError, OverloadedError) as error:
+            await abort(context, error)
+        client = next(self._clients)
+        self._open += 1
+        outgoing: asyncio.Queue[pb.ReplyBatch] = asyncio.Queue()
+        writer = asyncio.create_task(self._write(context, outgoing))
+        try:
+            async for message in request_iterator:
+                if message.HasField("work"):
+                    self._take(client, message.work, outgoing)
+                elif message.HasField("free"):
+                    self._worker.free(client, list(message.free.sessions))
+        finally:
+            self._open -= 1
+            writer.cancel()
+            self._worker.free(client, None)
+
+    def _greet(self, first: pb.ConnectRequest | None) -> None:
+        if first is None or not first.HasField("hello"):
+            raise ProtocolError("the first message of a stream must be a hello")
+        hello = first.hello
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"this draft service speaks protocol version {PROTOCOL_VERSION}, the verifier "
+                f"{hello.protocol_version}: run the same release on both sides"
+            )
+        if hello.drafter_fingerprint != self._fingerprint:
+            raise ProtocolError(
+                f"this draft service hosts drafter {self._fingerprint}, the verifier projects "
+                f"features for {hello.drafter_fingerprint}: give both the same checkpoint"
+            )
+        if self._open >= self._max_streams:
+            raise OverloadedError(f"{self._open} verifiers are connected, the most allowed")
+        log.info("verifier %s connected", hello.verifier)
+
+    async def _write(
+        self, context: grpc.aio.ServicerContext, outgoing: asyncio.Queue[pb.ReplyBatch]
+    ) -> None:
+        welcome = pb.Welcome(draft=self._incarnation, block_size=self._block_size, credits=CREDITS)
+        await context.write(pb.ConnectResponse(welcome=welcome))
+        while True:
+            await context.write(pb.ConnectResponse(reply=await outgoing.get()))
+
+    def _take(
+        self, client: int, batch: pb.WorkBatch, outgoing: asyncio.Queue[pb.ReplyBatch]
+    ) -> None:
+        works: list[DraftWork] = []
+        for message in batch.works[:MAX_WORKS]:
+            try:
+                works.append(work_from_pb(message, self._width, self._vocab_size))
+            except ProtocolError as error:  # this work alone goes unanswered
+                log.warning("a draft work was dropped: %s", error)
+        loop, sequence = asyncio.get_running_loop(), batch.sequence
+
+        def answer(proposals: list[BlockProposal], resyncs: list[ResyncRequest]) -> None:
+            reply = pb.ReplyBatch(
+                sequence=sequence,
+                proposals=[proposal_to_pb(p) for p in proposals],
+                resyncs=[resync_to_pb(r) for r in resyncs],
+            )
+            loop.call_soon_threadsafe(outgoing.put_nowait, reply)
+
+        self._worker.submit(client, works, answer)

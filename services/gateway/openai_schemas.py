@@ -1,0 +1,145 @@
+"""What clients of the OpenAI API may send. Anything else is refused by name, never ignored.
+
+Of OpenAI's parameters that are not supported, the values that ask for nothing (n 1, penalties 0,
+no logprobs) are accepted, and so are `user` and `metadata`, which cannot change the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+
+from dspark.services.gateway.request import GenerationRequest, SamplingWish, Turn
+from dspark.types import VerifyMode
+
+
+def _only(neutral: object) -> AfterValidator:
+    def check(value: object) -> object:
+        if value is not None and value != neutral:
+            raise ValueError(f"only {neutral!r} is supported, got {value!r}: leave it out")
+        return value
+
+    return AfterValidator(check)
+
+
+def _text(what: str) -> Callable[[object], object]:
+    def check(value: object) -> object:
+        if not isinstance(value, str):
+            raise ValueError(f"{what}; got {type(value).__name__}")
+        return value
+
+    return check
+
+
+def _single_prompt(value: object) -> object:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"must be a string; got {type(value).__name__}")
+    if any(isinstance(item, int | list) for item in value):
+        raise ValueError("token ids are not supported: send the prompt as text")
+    if len(value) != 1 or not isinstance(value[0], str):
+        raise ValueError(f"one prompt a request is supported; got a list of {len(value)}")
+    return value[0]
+
+
+def _stop_list(value: object) -> object:
+    if value is None or isinstance(value, str):
+        return value if value is None else [value]
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    raise ValueError("must be a string or a list of strings")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Strict):
+    """How a stream ends."""
+
+    include_usage: bool | None = None
+
+
+class ChatMessage(_Strict):
+    """One turn."""
+
+    role: str
+    content: Annotated[
+        str, BeforeValidator(_text("must be a string; lists of content parts are not supported"))
+    ]
+
+
+class _Common(_Strict):
+    model: str
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stop_list)] = None
+    seed: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Ours, beyond OpenAI's.
+    top_k: int | None = None
+    verify_mode: Literal["rejection", "coupled"] | None = None
+    speculate: bool | None = None
+    # Without effect on the output.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    # Only the values that ask for nothing.
+    n: Annotated[int | None, _only(1)] = None
+    presence_penalty: Annotated[float | None, _only(0)] = None
+    frequency_penalty: Annotated[float | None, _only(0)] = None
+    logprobs: Annotated[bool | int | None, _only(False)] = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def _wish(self, max_tokens: int | None) -> SamplingWish:
+        return SamplingWish(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            mode=None if self.verify_mode is None else VerifyMode(self.verify_mode),
+            speculate=self.speculate,
+        )
+
+
+class ChatCompletionRequest(_Common):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None  # OpenAI's newer name of max_tokens; it wins
+
+    def generation_request(self) -> GenerationRequest:
+        """What it asks for, in our terms."""
+        newer = self.max_completion_tokens
+        return GenerationRequest(
+            model=self.model,
+            prompt=tuple(Turn(m.role, m.content) for m in self.messages),
+            prompt_field="messages",
+            wish=self._wish(self.max_tokens if newer is None else newer),
+            stop=tuple(self.stop or ()),
+        )
+
+
+class CompletionRequest(_Common):
+    """POST /v1/completions."""
+
+    prompt: Annotated[str, BeforeValidator(_single_prompt)]
+
+    def generation_request(self) -> GenerationRequest:
+        """What it asks for, in our terms."""
+        return GenerationRequest(
+            model=self.model,
+            prompt=self.prompt,
+            prompt_field="prompt",
+            wish=self._wish(self.max_tokens),
+            stop=tuple(self.stop or ()),
+        )

@@ -1,0 +1,24 @@
+"""From a verifier's reports to the plan pushed to it. Pure.
+
+In this first form a plan says which policy and block length hold, and for how long: Algorithm 1
+runs in the verifier, on the blocks at hand. A plan may use reports of finished steps only; anything
+else would let a drafted token decide whether it is verified (paper, Appendix A).
+"""
+
+from __future__ import annotations
+
+from dspark.config import EngineConfig
+from dspark.types import StepPlan, VerificationPolicy
+
+VALID_FOR_S = 10.0
+RENEW_AFTER_S = VALID_FOR_S / 3  # two pushes may be lost before a plan lapses
+
+
+def plan_for(engine: EngineConfig, epoch: int) -> StepPlan:
+    """The plan that the configuration asks for."""
+    return StepPlan(
+        epoch=epoch,
+        policy=VerificationPolicy(engine.policy),
+        block_size=engine.block_size,
+        valid_for_s=VALID_FOR_S,
+    )

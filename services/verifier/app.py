@@ -1,0 +1,132 @@
+"""The verifier's replica: a target on its own thread behind its own gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from dspark.config import ServeConfig
+from dspark.engine.assembly import LoadedTarget, load_target, make_verifier
+from dspark.engine.runner import EngineRunner
+from dspark.errors import UnavailableError
+from dspark.pb import scheduler_pb2, verifier_pb2, verifier_pb2_grpc
+from dspark.rpc.draft_link import RemoteDraftLink
+from dspark.rpc.lease import LeaseKeeper
+from dspark.rpc.server import ReplicaServer, check_serving
+from dspark.services.verifier.coordination import Coordinator
+from dspark.services.verifier.servicer import VerifierServicer
+
+log = logging.getLogger(__name__)
+
+_DRAIN_S = 30.0
+
+
+@serve.deployment(
+    name="verifier",
+    health_check_period_s=2,
+    health_check_timeout_s=10,
+    graceful_shutdown_timeout_s=_DRAIN_S + 5,
+    ray_actor_options={"num_cpus": 0},
+)
+class VerifierReplica:
+    """Loads the target, then serves and beats until it is stopped."""
+
+    # Serve awaits it; what starts here lives on the replica's event loop.
+    async def __init__(  # type: ignore[misc]
+        self, config: ServeConfig, scheduler: DeploymentHandle
+    ) -> None:
+        self._incarnation = f"verifier-{uuid4().hex[:12]}"
+        # Ray sets OMP_NUM_THREADS by the CPUs it reserves, and we reserve none.
+        model = replace(config.model, threads=config.model.threads or os.cpu_count() or 1)
+        loaded = await asyncio.to_thread(load_target, model)
+        self._servicer = VerifierServicer(model.target, asyncio.get_running_loop())
+        self._link = await self._make_link(loaded)
+        engine = await asyncio.to_thread(make_verifier, loaded, config.engine, self._link)
+        host = ray.util.get_node_ip_address()
+        self._server = ReplicaServer()
+        verifier_pb2_grpc.add_VerifierServicer_to_server(self._servicer, self._server.server)
+        descriptor = verifier_pb2.DESCRIPTOR.services_by_name["Verifier"]
+        port = await self._server.start(host, 0, [descriptor])
+        self._address = f"{host}:{port}"
+        self._lease = LeaseKeeper(
+            replica=scheduler_pb2.Replica(
+                role=scheduler_pb2.ROLE_VERIFIER,
+                incarnation=self._incarnation,
+                address=self._address,
+                model=model.target,
+                drafter_fingerprint=loaded.drafter_fingerprint,
+                max_context_tokens=min(loaded.target.max_positions, config.engine.cache_tokens),
+            ),
+            locate=lambda: scheduler.grpc_address.remote(),
+            load=self._load,
+            on_beat=self._heard,
+            interval_s=config.scheduler.heartbeat_s,
+        )
+        self._coordinator = Coordinator(
+            self._incarnation, lambda: self._lease.channel, lambda plan: self._runner.set_plan(plan)
+        )
+        self._runner = EngineRunner(
+            engine,
+            on_results=self._servicer.deliver,
+            on_report=self._coordinator.report,
+            on_failure=self._servicer.fail,
+        )
+        self._servicer.attach(self._runner)
+        self._runner.start()
+        if self._link is not None:
+            self._link.start()
+        self._lease.start()
+        self._coordinator.start()
+        log.info("verifier %s serves %s at %s", self._incarnation, model.target, self._address)
+
+    async def address(self) -> str:
+        """host:port of this replica's gRPC server; for operators."""
+        return self._address
+
+    async def check_health(self) -> None:
+        """Raises when the engine failed or the server does not answer: Serve then replaces us."""
+        if self._runner.failure is not None:
+            raise UnavailableError(f"the engine failed: {self._runner.failure}")
+        await check_serving(self._address)
+
+    async def __del__(self) -> None:
+        """Drain: nothing new, let streams finish, then stop."""
+        await self._lease.drain()
+        await self._server.stop(_DRAIN_S)
+        await self._coordinator.stop()
+        await self._lease.stop()
+        if self._link is not None:
+            await self._link.stop()
+        await asyncio.to_thread(self._runner.stop)
+
+    async def _make_link(self, loaded: LoadedTarget) -> RemoteDraftLink | None:
+        if loaded.projection is None:
+            return None
+        return RemoteDraftLink(
+            self._incarnation, loaded.drafter_fingerprint, loaded.target.vocab_size
+        )
+
+    def _load(self) -> scheduler_pb2.Load:
+        running, waiting, free, total = self._runner.load
+        return scheduler_pb2.Load(
+            running=running, waiting=waiting, free_pages=free, total_pages=total
+        )
+
+    def _heard(self, beat: scheduler_pb2.HeartbeatResponse) -> None:
+        # No draft assigned may only mean that the scheduler has just restarted: keep the peer.
+        if self._link is not None and beat.HasField("draft"):
+            self._link.set_peer(beat.draft.address)
+
+
+def deployment(config: ServeConfig, scheduler: Any) -> Any:
+    """The bound deployment; `scheduler` is the scheduler's handle."""
+    replica: Any = VerifierReplica  # Serve's decorators are untyped
+    return replica.options(num_replicas=config.verifier_replicas).bind(config, scheduler)

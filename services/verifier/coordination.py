@@ -1,0 +1,93 @@
+"""Step reports out, plans in; never waited for by a step."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import grpc
+
+from dspark.errors import ProtocolError
+from dspark.pb import scheduler_pb2, scheduler_pb2_grpc
+from dspark.types import StepPlan, StepReport
+from dspark.wire import plan_from_pb, report_to_pb
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
+_MAX_QUEUED_REPORTS = 256  # beyond, the oldest are left out: news is worth more than history
+
+
+class Coordinator:
+    """Keeps a Coordinate stream to whatever scheduler the lease knows."""
+
+    def __init__(
+        self,
+        incarnation: str,
+        channel: Callable[[], grpc.aio.Channel | None],
+        on_plan: Callable[[StepPlan], None],
+    ) -> None:
+        self._incarnation, self._channel, self._on_plan = incarnation, channel, on_plan
+        self._loop = asyncio.get_running_loop()
+        self._reports: asyncio.Queue[StepReport] = asyncio.Queue(_MAX_QUEUED_REPORTS)
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin on the running event loop."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """End the stream."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def report(self, report: StepReport) -> None:
+        """Send a report soon; may be called from any thread."""
+        self._loop.call_soon_threadsafe(self._put, report)
+
+    def _put(self, report: StepReport) -> None:
+        if self._reports.full():
+            self._reports.get_nowait()
+        self._reports.put_nowait(report)
+
+    async def _run(self) -> None:
+        while True:
+            channel = self._channel()
+            if channel is not None:
+                try:
+                    await self._stream(channel)
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                    log.warning("no plans from the scheduler for now: %s", error)
+            await asyncio.sleep(_RETRY_S)
+
+    async def _stream(self, channel: grpc.aio.Channel) -> None:
+        call = scheduler_pb2_grpc.SchedulerStub(channel).Coordinate()
+        writer = asyncio.create_task(self._write(call))
+        reader = asyncio.create_task(self._read(call))
+        try:
+            done, _ = await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            writer.cancel()
+            reader.cancel()
+            await asyncio.gather(writer, reader, return_exceptions=True)
+            call.cancel()
+
+    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
+        # an idle verifier introduces itself too, so that it has a plan when work comes
+        await call.write(scheduler_pb2.StepReport(incarnation=self._incarnation))
+        while True:
+            await call.write(report_to_pb(await self._reports.get(), self._incarnation))
+
+    async def _read(self, call: grpc.aio.StreamStreamCall) -> None:
+        while True:
+            message = await call.read()
+            if message is grpc.aio.EOF:
+                return
+            try:
+                self._on_plan(plan_from_pb(message))
+            except ProtocolError as error:
+                log.warning("a plan was dropped: %s", error)

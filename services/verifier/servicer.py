@@ -1,0 +1,101 @@
+"""dspark.v1.Verifier over an EngineRunner: decode, queue, stream committed tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+
+from dspark.engine.runner import EngineRunner
+from dspark.errors import DSparkError, ModelNotFoundError, UnavailableError
+from dspark.pb import verifier_pb2 as pb
+from dspark.pb import verifier_pb2_grpc
+from dspark.rpc.status import abort
+from dspark.types import VerificationResult
+from dspark.wire import request_from_pb, result_to_pb
+
+
+class VerifierServicer(verifier_pb2_grpc.VerifierServicer):
+    """Streams of committed tokens. `deliver` and `fail` may be called from any thread."""
+
+    def __init__(self, model: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._model = model
+        self._loop = loop
+        self._runner: EngineRunner | None = None
+        self._streams: dict[str, asyncio.Queue[VerificationResult | DSparkError]] = {}
+
+    def attach(self, runner: EngineRunner) -> None:
+        """Serve from this engine."""
+        self._runner = runner
+
+    @property
+    def streams(self) -> int:
+        """Calls under way."""
+        return len(self._streams)
+
+    def deliver(self, results: list[VerificationResult]) -> None:
+        """Hand a step's tokens to their streams: one hop to the event loop a step."""
+        self._loop.call_soon_threadsafe(self._deliver, results)
+
+    def fail(self, error: BaseException) -> None:
+        """End every stream: the engine is gone, and the gateway will go on elsewhere."""
+        self._loop.call_soon_threadsafe(self._fail, UnavailableError(f"engine failed: {error}"))
+
+    async def GenerateTokens(  # noqa: N802 - the name is the contract's
+        self, request: pb.GenerateTokensRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateTokensResponse]:
+        """Generate for one request; cancelling frees all it holds."""
+        try:
+            name, results = await self._begin(request)
+        except DSparkError as error:
+            await abort(context, error)
+        assert self._runner is not None
+        finished = False
+        try:
+            while not finished:
+                result = await results.get()
+                if isinstance(result, DSparkError):
+                    finished = True
+                    await abort(context, result)
+                finished = result.finish_reason is not None
+                yield result_to_pb(result)
+        finally:
+            self._streams.pop(name, None)
+            if not finished:
+                self._runner.abort(name)
+
+    async def _begin(
+        self, message: pb.GenerateTokensRequest
+    ) -> tuple[str, asyncio.Queue[VerificationResult | DSparkError]]:
+        if message.model != self._model:
+            raise ModelNotFoundError(f"this verifier hosts {self._model!r}, not {message.model!r}")
+        request = request_from_pb(message)
+        if self._runner is None:
+            raise UnavailableError("this verifier is still starting")
+        results: asyncio.Queue[VerificationResult | DSparkError] = asyncio.Queue()
+        # Before the engine has it: the first result may come before `add` has returned here.
+        if request.id in self._streams:
+            # a retry of the same call, whose first attempt has not been seen to end yet
+            raise UnavailableError(f"request {request.id!r} is under way here already; retry")
+        self._streams[request.id] = results
+        try:
+            await asyncio.wrap_future(self._runner.add(request))
+        except asyncio.CancelledError:
+            self._runner.abort(request.id)  # the engine may have it already
+            self._streams.pop(request.id, None)
+            raise
+        except DSparkError:
+            self._streams.pop(request.id, None)
+            raise
+        return request.id, results
+
+    def _deliver(self, results: list[VerificationResult]) -> None:
+        for result in results:
+            stream = self._streams.get(result.request_id)
+            if stream is not None:
+                stream.put_nowait(result)
+
+    def _fail(self, error: DSparkError) -> None:
+        for stream in self._streams.values():
+            stream.put_nowait(error)
