@@ -1,0 +1,137 @@
+"""All four services on one machine's Ray, for `dspark serve`, the demo and the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from dspark.config import ServeConfig
+from dspark.engine.assembly import drafter_folder
+from dspark.errors import ConfigError, UnavailableError
+
+SCHEDULER_APP = "scheduler"
+_START_TIMEOUT_S = 300.0
+
+Log = Callable[[str], None]
+
+
+class LocalCluster:
+    """Starts on `start`, and leaves no process behind on `stop`. Also a context manager."""
+
+    def __init__(self, config: ServeConfig, log: Log = lambda line: None) -> None:
+        self.config = config
+        self._log = log
+        self._started = False
+
+    @property
+    def http_url(self) -> str:
+        """Base of the OpenAI-compatible endpoints."""
+        return f"http://{self.config.gateway.http_host}:{self.config.gateway.http_port}"
+
+    @property
+    def grpc_address(self) -> str:
+        """host:port of dspark.v1.Inference."""
+        return f"{self.config.gateway.grpc_host}:{self.config.gateway.grpc_port}"
+
+    def __enter__(self) -> LocalCluster:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start Ray and the services, and wait until a request would be answered.
+
+        Raises ConfigError when a port is taken, UnavailableError when the services do not come up.
+        """
+        gateway = self.config.gateway
+        _require_free(gateway.http_host, gateway.http_port, "--http-port")
+        _require_free(gateway.grpc_host, gateway.grpc_port, "--grpc-port")
+        drafted = drafter_folder(self.config.model) is not None
+        self._log("starting Ray …")
+        import ray
+        from ray import serve
+
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            ray.init(
+                include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING,
+                configure_logging=True,
+            )  # fmt: skip
+            self._started = True
+            serve.start(
+                http_options={"host": gateway.http_host, "port": gateway.http_port},
+                proxy_location="HeadOnly",
+            )
+            self._run_all(serve, drafted)
+            self._await_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Drain the services and end Ray."""
+        if not self._started:
+            return
+        import ray
+        from ray import serve
+
+        self._started = False
+        with contextlib.suppress(Exception):  # a half-started Serve may not answer; Ray ends anyway
+            serve.shutdown()
+        ray.shutdown()
+
+    def _run_all(self, serve: Any, drafted: bool) -> None:
+        from dspark.services.draft import app as draft
+        from dspark.services.gateway import app as gateway
+        from dspark.services.scheduler import app as scheduler
+        from dspark.services.verifier import app as verifier
+
+        config = self.config
+        self._log("starting the scheduler …")
+        handle = serve.run(scheduler.deployment(config), name=SCHEDULER_APP, route_prefix=None)
+        parts: list[tuple[str, Any, str | None]] = []
+        if drafted and config.draft_replicas:
+            parts.append(("draft", draft.deployment(config, handle), None))
+        parts.append(("verifier", verifier.deployment(config, handle), None))
+        parts.append(("gateway", gateway.deployment(config, handle), "/"))
+        for name, application, route in parts:
+            self._log(f"starting the {name} …")
+            serve.run(application, name=name, route_prefix=route)
+
+    def _await_ready(self) -> None:
+        """The gateway is up; wait for it to have heard of a verifier."""
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        reason = "no answer yet"
+        while time.monotonic() < deadline:
+            try:
+                answer = httpx.get(f"{self.http_url}/health", timeout=5.0)
+                if answer.status_code == 200:
+                    return
+                reason = answer.text
+            except httpx.HTTPError as error:
+                reason = str(error)
+            time.sleep(0.1)
+        raise UnavailableError(
+            f"the services did not come up in {_START_TIMEOUT_S:.0f} s: {reason}"
+        )
+
+
+def _require_free(host: str, port: int, option: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} on {host} cannot be used ({error.strerror}): stop what holds it, or "
+                f"choose another with {option}"
+            ) from error

@@ -1,0 +1,118 @@
+"""`dspark train`: a drafter from nothing but its target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from dspark.cli.console import err, progress_bar, reported_errors
+
+
+def train(
+    out: Path = typer.Option(..., help="Folder for text, training state and the checkpoint."),
+    target: str = typer.Option("smollm2-135m", help="Built-in name, folder or Hugging Face id."),
+    tokens: int = typer.Option(1_000_000, min=1, help="Answer tokens that the target writes."),
+    steps: int = typer.Option(2000, min=1, help="Training steps."),
+    block_size: int = typer.Option(5, min=1, max=64, help="γ: draft tokens a block."),
+    layers: int = typer.Option(2, min=1, help="Drafter layers."),
+    intermediate: int = typer.Option(0, help="Width of their MLP; 0: the target's."),
+    kv_heads: int = typer.Option(0, help="KV heads of the drafter; 0: as many as query heads."),
+    markov_rank: int = typer.Option(128, min=1, help="Rank of the Markov head."),
+    draft_vocab: int = typer.Option(8192, min=1, help="Most frequent tokens that can be drafted."),
+    context_window: int = typer.Option(64, min=0, help="Context rows a block sees; 0: all."),
+    target_layers: str = typer.Option("", help="Layers to tap, such as 8,18,28; default: spread."),
+    mask_token: str = typer.Option("", help="Token that stands for a position to draft."),
+    learning_rate: float = typer.Option(6e-4, help="Peak, after a warm-up; cosine to zero."),
+    markov_lr_factor: float = typer.Option(2.0, help="Of the Markov head over the rest."),
+    ce_weight: float = typer.Option(0.1, help="Weight of cross-entropy (the paper: 0.1)."),
+    tv_weight: float = typer.Option(0.9, help="Weight of total variation (the paper: 0.9)."),
+    concurrency: int = typer.Option(64, min=1, help="Conversations written at a time."),
+    device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, …"),
+    seed: int = typer.Option(0, min=0),
+) -> None:
+    """Train a drafter on text that its target writes; run it again to go on after a cut.
+
+    The target first writes conversations (OUT/text.jsonl), then the drafter trains on them
+    (state in OUT/trainer.pt) while the target's hidden states are captured as they are needed.
+    The checkpoint is OUT/checkpoint: give it to other commands as --drafter.
+    """
+    with reported_errors():
+        from dspark.config import EngineConfig
+        from dspark.engine.assembly import eos_token_ids, load_tokenizer
+        from dspark.engine.verifier import VerifierEngine
+        from dspark.models.builtin import resolve_target
+        from dspark.models.target import TargetModel
+        from dspark.training.shape import drafter_config
+        from dspark.training.text import TextConfig, read_conversations, write_text
+        from dspark.training.trainer import Measures, TrainConfig, Trainer
+
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizer = load_tokenizer(target)
+        shape = drafter_config(
+            resolve_target(target),
+            tokenizer,
+            block_size=block_size,
+            layers=layers,
+            intermediate=intermediate,
+            kv_heads=kv_heads,
+            markov_rank=markov_rank,
+            draft_vocab=draft_vocab,
+            context_window=context_window,
+            target_layers=target_layers,
+            mask_token=mask_token,
+        )
+        err.print("loading the target …")
+        model = TargetModel.load(
+            resolve_target(target), device=device, tap_layer_ids=shape.target_layer_ids
+        )
+        text = TextConfig(tokens=tokens, seed=seed)
+        writer = VerifierEngine(
+            model,
+            EngineConfig(
+                max_requests=concurrency,
+                max_waiting=2 * concurrency,
+                cache_tokens=concurrency * (text.max_instruction * 2 + text.max_answer),
+            ),
+            eos_token_ids=eos_token_ids(model),
+        )
+        with progress_bar() as bar:
+            task = bar.add_task("text (tokens)", total=tokens)
+            write_text(
+                writer,
+                tokenizer,
+                text,
+                out / "text.jsonl",
+                on_progress=lambda done, total: bar.update(task, completed=done),
+            )
+        del writer  # its pages are the largest thing in memory
+        trainer = Trainer(
+            model,
+            shape,
+            read_conversations(out / "text.jsonl"),
+            TrainConfig(
+                steps=steps,
+                learning_rate=learning_rate,
+                markov_lr_factor=markov_lr_factor,
+                ce_weight=ce_weight,
+                tv_weight=tv_weight,
+                seed=seed,
+            ),
+            out,
+        )
+        with progress_bar() as bar:
+            task = bar.add_task("training (steps)", total=steps, completed=trainer.step)
+
+            def show(step: int, loss: float, measures: Measures | None) -> None:
+                bar.update(task, completed=step, description=f"training, loss {loss:.3f}")
+                if measures is not None:
+                    trainer.save_checkpoint(out / "checkpoint")
+                    shares = " ".join(f"{share:.3f}" for share in measures.acceptance)
+                    bar.console.print(
+                        f"step {step}: held-out acceptance by position {shares}, greedy forecast "
+                        f"τ {measures.greedy_length:.2f}",
+                        highlight=False,
+                    )
+
+            trainer.run(show)
+        err.print(f"the drafter is at {out / 'checkpoint'}", highlight=False)
