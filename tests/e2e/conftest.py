@@ -1,0 +1,42 @@
+"""One cluster for all end-to-end tests: four services on local Ray, the built-in model, fp32."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from dspark.cli.local_cluster import LocalCluster
+from dspark.config import EngineConfig, GatewayConfig, ModelConfig, ServeConfig
+from dspark.engine.assembly import load_tokenizer
+from dspark.models.builtin import BUILTIN
+
+
+def free_ports(count: int) -> list[int]:
+    held = [socket.socket() for _ in range(count)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[LocalCluster]:
+    http_port, grpc_port = free_ports(2)
+    config = ServeConfig(
+        # fixed blocks: a busy test machine would make the adaptive policy verify nothing, and a
+        # check that nothing was drafted for shows nothing
+        model=ModelConfig(target=BUILTIN, dtype="float32"),
+        engine=EngineConfig(policy="fixed", max_requests=8, cache_tokens=8192),
+        gateway=GatewayConfig(http_port=http_port, grpc_port=grpc_port),
+    )
+    with LocalCluster(config, print) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> object:
+    return load_tokenizer(BUILTIN)
