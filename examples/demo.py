@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from rich.console import Console
 from rich.table import Table
@@ -120,12 +121,15 @@ def report(with_drafts: Run, without: Run) -> None:
     stats = with_drafts.stats
     drafted_steps = max(1, stats.steps - 1)
     shares = [
-        f"{accepted / verified:.2f}" if verified else "–"
-        for accepted, verified in zip(
-            stats.accepted_by_position, stats.verified_by_position, strict=True
+        f"{accepted / verified:.2f}"
+        for accepted, verified in zip_longest(
+            stats.accepted_by_position, stats.verified_by_position, fillvalue=0
         )
     ]
-    console.print(f"accepted of verified, by block position: {'  '.join(shares)}", highlight=False)
+    console.print(
+        f"accepted of verified, by block position: {'  '.join(shares) or 'none verified'}",
+        highlight=False,
+    )
     console.print(
         f"verification budget: {stats.verified_tokens / drafted_steps:.2f} of "
         f"{stats.drafted_tokens / drafted_steps:.2f} drafted tokens a step were worth verifying; "

@@ -29,6 +29,7 @@ class LocalCluster:
         self.config = config
         self._log = log
         self._started = False
+        self._applications: list[str] = []
 
     @property
     def http_url(self) -> str:
@@ -61,11 +62,10 @@ class LocalCluster:
         from ray import serve
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         try:
-            ray.init(
-                include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING,
-                configure_logging=True,
-            )  # fmt: skip
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             self._started = True
             serve.start(
                 http_options={"host": gateway.http_host, "port": gateway.http_port},
@@ -85,8 +85,11 @@ class LocalCluster:
         from ray import serve
 
         self._started = False
-        with contextlib.suppress(Exception):  # a half-started Serve may not answer; Ray ends anyway
-            serve.shutdown()
+        # The gateway first, so that streams end before what they need does.
+        for name in reversed(self._applications):
+            with contextlib.suppress(Exception):  # it may be half started; Ray's end takes it along
+                serve.delete(name)
+        self._applications.clear()
         ray.shutdown()
 
     def _run_all(self, serve: Any, drafted: bool) -> None:
@@ -97,6 +100,7 @@ class LocalCluster:
 
         config = self.config
         self._log("starting the scheduler …")
+        self._applications.append(SCHEDULER_APP)
         handle = serve.run(scheduler.deployment(config), name=SCHEDULER_APP, route_prefix=None)
         parts: list[tuple[str, Any, str | None]] = []
         if drafted and config.draft_replicas:
@@ -105,6 +109,7 @@ class LocalCluster:
         parts.append(("gateway", gateway.deployment(config, handle), "/"))
         for name, application, route in parts:
             self._log(f"starting the {name} …")
+            self._applications.append(name)
             serve.run(application, name=name, route_prefix=route)
 
     def _await_ready(self) -> None:
