@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from dspark.cli.console import err, progress_bar, reported_errors
+from dspark.errors import ConfigError
 
 
 def train(
@@ -24,9 +25,12 @@ def train(
     target_layers: str = typer.Option("", help="Layers to tap, such as 8,18,28; default: spread."),
     mask_token: str = typer.Option("", help="Token that stands for a position to draft."),
     learning_rate: float = typer.Option(6e-4, help="Peak, after a warm-up; cosine to zero."),
-    markov_lr_factor: float = typer.Option(2.0, help="Of the Markov head over the rest."),
+    markov_lr_factor: float = typer.Option(1.5, help="Of the Markov head over the rest."),
     ce_weight: float = typer.Option(0.1, help="Weight of cross-entropy (the paper: 0.1)."),
     tv_weight: float = typer.Option(0.9, help="Weight of total variation (the paper: 0.9)."),
+    temperatures: str = typer.Option("0,0.7,1", help="Of the answers written; drawn evenly."),
+    updates: int = typer.Option(6, min=1, help="Drafter updates a step."),
+    anchors: int = typer.Option(40, min=1, help="Blocks a conversation and update."),
     concurrency: int = typer.Option(64, min=1, help="Conversations written at a time."),
     device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, …"),
     seed: int = typer.Option(0, min=0),
@@ -39,10 +43,11 @@ def train(
     """
     with reported_errors():
         from dspark.config import EngineConfig
-        from dspark.engine.assembly import eos_token_ids, load_tokenizer
+        from dspark.engine.assembly import eos_token_ids
         from dspark.engine.verifier import VerifierEngine
         from dspark.models.builtin import resolve_target
         from dspark.models.target import TargetModel
+        from dspark.models.tokenizer import load_tokenizer
         from dspark.training.shape import drafter_config
         from dspark.training.text import TextConfig, read_conversations, write_text
         from dspark.training.trainer import Measures, TrainConfig, Trainer
@@ -66,7 +71,7 @@ def train(
         model = TargetModel.load(
             resolve_target(target), device=device, tap_layer_ids=shape.target_layer_ids
         )
-        text = TextConfig(tokens=tokens, seed=seed)
+        text = TextConfig(tokens=tokens, temperatures=_numbers(temperatures), seed=seed)
         writer = VerifierEngine(
             model,
             EngineConfig(
@@ -92,6 +97,8 @@ def train(
             read_conversations(out / "text.jsonl"),
             TrainConfig(
                 steps=steps,
+                updates_per_step=updates,
+                anchors_per_conversation=anchors,
                 learning_rate=learning_rate,
                 markov_lr_factor=markov_lr_factor,
                 ce_weight=ce_weight,
@@ -116,3 +123,10 @@ def train(
 
             trainer.run(show)
         err.print(f"the drafter is at {out / 'checkpoint'}", highlight=False)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--temperatures wants numbers, such as 0,0.7,1; got {text!r}") from error

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from dspark.config import DraftConfig, EngineConfig, ModelConfig
 from dspark.engine.draft_link import DraftLink
@@ -128,11 +126,3 @@ def eos_token_ids(target: TargetModel) -> tuple[int, ...]:
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
-
-
-def load_tokenizer(target: str) -> Any:
-    """The target's tokenizer; ConfigError if it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(resolve_target(target))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the tokenizer of {target!r}: {error}") from error

@@ -8,9 +8,10 @@ from typing import Any
 from uuid import uuid4
 
 from dspark.config import DraftConfig, EngineConfig, ModelConfig
-from dspark.engine.assembly import load_draft_engine, load_target, load_tokenizer, make_verifier
+from dspark.engine.assembly import load_draft_engine, load_target, make_verifier
 from dspark.engine.draft_link import LocalDraftLink
 from dspark.engine.verifier import VerifierEngine
+from dspark.models.tokenizer import load_tokenizer
 from dspark.types import FinishReason, Request, SamplingParams, VerificationResult
 
 

@@ -40,7 +40,7 @@ class TextConfig:
     tokens: int = 1_000_000  # answer tokens in all
     max_instruction: int = 128
     max_answer: int = 384
-    temperatures: tuple[float, ...] = (0.0, 0.7, 1.0, 1.0)  # of answers; drawn from evenly
+    temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)  # of answers; drawn from evenly
     opening_share: float = 0.5  # instructions that begin with one of OPENINGS
     seed: int = 0
 

@@ -36,11 +36,11 @@ class TrainConfig:
 
     steps: int = 2000
     conversations_per_step: int = 4  # captured together by one forward of the target
-    updates_per_step: int = 4  # of the drafter, each on other anchors of the same conversations
-    anchors_per_conversation: int = 64  # in each update
+    updates_per_step: int = 6  # of the drafter, each on other anchors of the same conversations
+    anchors_per_conversation: int = 40  # in each update
     max_tokens: int = 512
     learning_rate: float = 6e-4
-    markov_lr_factor: float = 5.0  # the bigram tables learn from few rows each and want more
+    markov_lr_factor: float = 1.5  # its rows are each seen by few anchors
     warmup_share: float = 0.04
     ce_weight: float = 0.1
     tv_weight: float = 0.9

@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from dspark.config import ServeConfig
-from dspark.engine.assembly import load_tokenizer
+from dspark.models.tokenizer import load_tokenizer
 from dspark.services.gateway.service import GatewayService
 
 _LOCATE_TIMEOUT_S = 5.0

@@ -9,8 +9,8 @@ import pytest
 
 from dspark.cli.local_cluster import LocalCluster
 from dspark.config import EngineConfig, GatewayConfig, ModelConfig, ServeConfig
-from dspark.engine.assembly import load_tokenizer
 from dspark.models.builtin import BUILTIN
+from dspark.models.tokenizer import load_tokenizer
 
 
 def free_ports(count: int) -> list[int]:

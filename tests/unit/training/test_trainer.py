@@ -22,6 +22,7 @@ CONFIG = TrainConfig(
     anchors_per_conversation=4,
     max_tokens=48,
     learning_rate=1e-2,
+    markov_lr_factor=5.0,
     save_every=3,
     evaluate_every=100,
 )
