@@ -55,21 +55,25 @@ class EngineRunner:
 
         def put() -> None:
             try:
+                if self.failure is not None:
+                    raise UnavailableError(f"this verifier's engine failed: {self.failure}")
                 self._engine.add(request)
             except Exception as error:
                 added.set_exception(error)
             else:
                 added.set_result(None)
 
-        if self.failure is not None:
-            added.set_exception(UnavailableError(f"this verifier's engine failed: {self.failure}"))
-        else:
-            self._post(put)
+        self._post(put)
         return added
 
     def abort(self, request_id: str) -> None:
         """Drop a request before the next step."""
-        self._post(lambda: self._engine.abort(request_id))
+
+        def drop() -> None:
+            if self.failure is None:
+                self._engine.abort(request_id)
+
+        self._post(drop)
 
     def set_plan(self, plan: StepPlan) -> None:
         """Follow `plan` from the next step on."""
@@ -82,8 +86,11 @@ class EngineRunner:
 
     def _post(self, action: Callable[[], None]) -> None:
         with self._wake:
-            self._inbox.append(action)
-            self._wake.notify()
+            if self.failure is None:
+                self._inbox.append(action)
+                self._wake.notify()
+                return
+        action()  # nobody reads the inbox any more
 
     def _mark_stopping(self) -> None:
         self._stopping = True
@@ -106,5 +113,10 @@ class EngineRunner:
                     self._on_report(self._engine.last_report)
         except Exception as error:
             log.exception("the verifier's engine failed")
-            self.failure = error
+            with self._wake:
+                self.failure = error
+                actions = list(self._inbox)
+                self._inbox.clear()
+            for action in actions:
+                action()  # whoever waits to be let in is told
             self._on_failure(error)

@@ -246,6 +246,7 @@ class RemoteDraftLink:
             self._credits = max(1, welcome.credits)
             self._sent_at.clear()
             self._misses, self._rest_until, self._rest_s = 0, 0.0, _FIRST_REST_S
+            self._state.notify_all()
         return outgoing
 
     def _down(self) -> None:

@@ -1,0 +1,225 @@
+"""Verifier and draft service over a real stream: lossless, and undisturbed by what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from helpers.tiny import Tally, run, tiny_drafter, tiny_engine, tiny_target
+
+from dspark.engine.drafting import DraftEngine
+from dspark.pb import draft_pb2 as pb
+from dspark.pb import draft_pb2_grpc
+from dspark.rpc.draft_link import PROTOCOL_VERSION, RemoteDraftLink
+from dspark.rpc.server import ReplicaServer
+from dspark.services.draft.servicer import CREDITS, DraftServicer
+from dspark.services.draft.worker import DraftWorker
+from dspark.types import DraftWork, Fence, Request, SamplingParams
+from dspark.wire import work_to_pb
+
+WEIGHTS = "w"
+TARGET = tiny_target()
+REQUESTS = [
+    Request(str(i), tuple(range(1, 4 + i)), SamplingParams(temperature=t, max_tokens=100, seed=i))
+    for i, t in enumerate((0.0, 0.0, 1.0))
+]
+GREEDY = REQUESTS[:2]
+
+
+@contextmanager
+def worker() -> Iterator[tuple[DraftWorker, DraftEngine]]:
+    engine = DraftEngine(tiny_drafter(TARGET), num_pages=64)
+    made = DraftWorker(engine, 64, lambda error: None)
+    made.start()
+    yield made, engine
+    made.stop()
+    assert made.failure is None
+    assert engine.sessions == 0, "a stream ended and left sessions behind"
+
+
+@asynccontextmanager
+async def serving(servicer: Any, port: int = 0) -> AsyncIterator[str]:
+    server = ReplicaServer()
+    draft_pb2_grpc.add_DraftServicer_to_server(servicer, server.server)
+    port = await server.start("127.0.0.1", port, [pb.DESCRIPTOR.services_by_name["Draft"]])
+    yield f"127.0.0.1:{port}"
+    await server.stop(0)
+
+
+@asynccontextmanager
+async def draft_service(port: int = 0) -> AsyncIterator[str]:
+    with worker() as (made, engine):
+        servicer = DraftServicer(
+            made, engine, incarnation="d", drafter_fingerprint=WEIGHTS, max_streams=4
+        )
+        async with serving(servicer, port) as address:
+            yield address
+
+
+@asynccontextmanager
+async def link_to(address: str, weights: str = WEIGHTS) -> AsyncIterator[RemoteDraftLink]:
+    link = RemoteDraftLink("v", weights, TARGET.vocab_size)
+    link.start()
+    link.set_peer(address)
+    yield link
+    await link.stop()
+
+
+async def connected(link: RemoteDraftLink, up: bool = True) -> None:
+    """Wait until the stream is up (or down)."""
+
+    def look() -> None:
+        with link._state:
+            assert link._state.wait_for(lambda: link.connected is up, 10)
+
+    await asyncio.to_thread(look)
+
+
+async def generate(link: RemoteDraftLink, requests: list[Request] = REQUESTS) -> Tally:
+    engine = tiny_engine(TARGET, tiny_drafter(TARGET), link=link)
+    return await asyncio.to_thread(run, engine, requests)
+
+
+def plain(requests: list[Request] = GREEDY) -> dict[str, list[int]]:
+    return run(tiny_engine(TARGET), requests).tokens
+
+
+def greedy_part(tally: Tally) -> dict[str, list[int]]:
+    return {r.id: tally.tokens[r.id] for r in GREEDY}
+
+
+async def test_output_is_the_targets_and_drafts_are_accepted() -> None:
+    async with draft_service() as address, link_to(address) as link:
+        await connected(link)
+        tally = await generate(link)
+    assert tally.drafted > 0, "INCONCLUSIVE: nothing was drafted"
+    assert tally.accepted > 0, "INCONCLUSIVE: nothing was accepted"
+    assert greedy_part(tally) == plain()
+
+
+async def test_a_draft_service_that_restarts_is_found_again() -> None:
+    async with draft_service() as address, link_to(address) as link:
+        await connected(link)
+        engine = tiny_engine(TARGET, tiny_drafter(TARGET), link=link)
+        tally = Tally()
+        for request in GREEDY:
+            engine.add(request)
+        while tally.drafted == 0:
+            tally.add(await asyncio.to_thread(engine.step))
+        drafted = tally.drafted
+        await asyncio.sleep(0)
+        # another process at another address, and the first one gone
+        async with draft_service() as second:
+            link.set_peer(second)
+            await connected(link, up=False)
+            for _ in range(5):  # nobody to draft: the verifier goes on
+                tally.add(await asyncio.to_thread(engine.step))
+            await connected(link)
+            while engine.has_work:
+                tally.add(await asyncio.to_thread(engine.step))
+            assert tally.drafted > drafted + 20
+            assert tally.tokens == plain()
+            await link.stop()
+
+
+@pytest.mark.parametrize(
+    ("first", "match"),
+    [
+        (pb.ConnectRequest(free=pb.FreeSessions()), "hello"),
+        (pb.ConnectRequest(hello=pb.Hello(protocol_version=99)), "protocol version"),
+        (
+            pb.ConnectRequest(
+                hello=pb.Hello(protocol_version=PROTOCOL_VERSION, drafter_fingerprint="other")
+            ),
+            "same checkpoint",
+        ),
+    ],
+)
+async def test_who_does_not_fit_is_refused(first: pb.ConnectRequest, match: str) -> None:
+    async with draft_service() as address, grpc.aio.insecure_channel(address) as channel:
+        call = draft_pb2_grpc.DraftStub(channel).Connect()
+        await call.write(first)
+        assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert match in (await call.details())
+
+
+async def test_a_verifier_with_other_weights_decodes_plainly() -> None:
+    async with draft_service() as address, link_to(address, weights="other") as link:
+        tally = await generate(link, GREEDY)
+    assert tally.drafted == 0
+    assert tally.tokens == plain()
+
+
+def work(session: str, anchor: int) -> pb.DraftWork:
+    features = torch.zeros(1, 32)
+    greedy = SamplingParams(temperature=0.0)
+    return work_to_pb(DraftWork(Fence(session, 0, 0, 2), 0, features, anchor, 4, greedy))
+
+
+@asynccontextmanager
+async def raw_stream(address: str) -> AsyncIterator[Any]:
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = draft_pb2_grpc.DraftStub(channel).Connect()
+        hello = pb.Hello(protocol_version=PROTOCOL_VERSION, drafter_fingerprint=WEIGHTS)
+        await call.write(pb.ConnectRequest(hello=hello))
+        assert (await call.read()).welcome.credits == CREDITS
+        yield call
+        call.cancel()
+
+
+async def test_one_bad_work_costs_nobody_else_anything() -> None:
+    bad = work("bad", 1)
+    bad.features = b"odd"
+    async with draft_service() as address, raw_stream(address) as call:
+        batch = pb.WorkBatch(sequence=1, works=[work("a", 1), bad, work("b", 2)])
+        await call.write(pb.ConnectRequest(work=batch))
+        reply = (await call.read()).reply
+        assert reply.sequence == 1
+        assert sorted(p.fence.session for p in reply.proposals) == ["a", "b"]
+
+
+async def test_two_verifiers_may_use_one_name() -> None:
+    async with (
+        draft_service() as address,
+        raw_stream(address) as first,
+        raw_stream(address) as second,
+    ):
+        for call in (first, second):
+            await call.write(
+                pb.ConnectRequest(work=pb.WorkBatch(sequence=1, works=[work("same", 1)]))
+            )
+            assert len((await call.read()).reply.proposals) == 1
+        await first.write(pb.ConnectRequest(free=pb.FreeSessions(sessions=["same"])))
+        further = work("same", 3)
+        further.feature_start, further.fence.committed_len = 1, 3
+        batch = pb.ConnectRequest(work=pb.WorkBatch(sequence=2, works=[further]))
+        await second.write(batch)
+        assert len((await second.read()).reply.proposals) == 1
+        await first.write(batch)  # its own session is gone: it is asked for everything
+        assert [r.have_len for r in (await first.read()).reply.resyncs] == [0]
+
+
+class Silent(draft_pb2_grpc.DraftServicer):
+    """Welcomes everyone, answers nothing."""
+
+    async def Connect(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
+        await anext(request_iterator)
+        welcome = pb.Welcome(draft="silent", block_size=4, credits=1000)
+        await context.write(pb.ConnectResponse(welcome=welcome))
+        async for _ in request_iterator:
+            pass
+
+
+async def test_a_silent_draft_service_is_left_alone() -> None:
+    async with serving(Silent()) as address, link_to(address) as link:
+        await connected(link)
+        assert link.available
+        tally = await generate(link, GREEDY)
+        assert not link.available
+        assert tally.drafted == 0
+        assert tally.tokens == plain()

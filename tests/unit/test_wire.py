@@ -1,0 +1,177 @@
+"""Messages to types and back, and everything that is refused on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dspark import wire
+from dspark.errors import InvalidRequestError, ProtocolError
+from dspark.pb import draft_pb2
+from dspark.types import (
+    MAX_SEED,
+    BlockProposal,
+    DraftWork,
+    Fence,
+    Request,
+    ResyncRequest,
+    SamplingParams,
+    StepPlan,
+    VerificationPolicy,
+    VerifyMode,
+)
+
+WIDTH, VOCAB = 6, 100
+float32 = st.floats(0.0, 100.0, width=32)
+samplings = st.builds(
+    SamplingParams,
+    temperature=float32,
+    top_k=st.integers(0, 1000),
+    top_p=st.floats(0.125, 1.0, width=32),
+    max_tokens=st.integers(1, 2**31),
+    seed=st.integers(0, MAX_SEED),
+    stop_token_ids=st.lists(st.integers(0, 99), max_size=3).map(tuple),
+    mode=st.sampled_from(VerifyMode),
+    speculate=st.booleans(),
+)
+fences = st.builds(
+    Fence,
+    session=st.text(min_size=1, max_size=20),
+    epoch=st.integers(0, 2**32 - 1),
+    round=st.integers(0, 2**32 - 1),
+    committed_len=st.integers(1, wire.MAX_POSITION),
+)
+
+
+@given(st.text(min_size=1, max_size=20), st.lists(st.integers(0, 2**32 - 1)), samplings)
+def test_requests_round_trip(name: str, prompt: list[int], sampling: SamplingParams) -> None:
+    request = Request(name, tuple(prompt), sampling, epoch=3)
+    assert wire.request_from_pb(wire.request_to_pb(request, "m")) == request
+
+
+@given(fences, st.integers(0, 5), st.integers(0, 64), samplings)
+def test_work_round_trips(fence: Fence, rows: int, block: int, sampling: SamplingParams) -> None:
+    features = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(rows))
+    work = DraftWork(fence, 7, features.bfloat16(), 5, block, sampling)
+    back = wire.work_from_pb(wire.work_to_pb(work), WIDTH, VOCAB)
+    assert torch.equal(back.features, work.features)
+    assert replace(back, features=work.features) == work
+
+
+@given(fences, st.integers(1, 5), st.integers(0, 8))
+def test_proposals_round_trip(fence: Fence, size: int, k: int) -> None:
+    rng = np.random.default_rng(size * 10 + k)
+    law = rng.random((size, k)).astype(np.float32)
+    proposal = BlockProposal(
+        fence,
+        rng.integers(0, VOCAB, size),
+        rng.random(size).astype(np.float32),
+        np.stack([rng.permutation(VOCAB)[:k] for _ in range(size)]) if k else None,
+        law / law.sum(1, keepdims=True) if k else None,
+    )
+    back = wire.proposal_from_pb(wire.proposal_to_pb(proposal), VOCAB)
+    assert back.fence == fence
+    for name in ("token_ids", "confidences", "candidate_ids", "candidate_probs"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(proposal, name))
+
+
+def test_plans_and_resyncs_round_trip() -> None:
+    plan = StepPlan(4, VerificationPolicy.FIXED, 5, 6, (1.5, 2.0), 2.5)
+    assert wire.plan_from_pb(wire.plan_to_pb(plan)) == plan
+    resync = ResyncRequest("s", 1, 2)
+    assert wire.resync_from_pb(wire.resync_to_pb(resync)) == resync
+
+
+def good_work() -> draft_pb2.DraftWork:
+    work = DraftWork(Fence("s", 0, 0, 3), 0, torch.zeros(2, WIDTH), 5, 4, SamplingParams())
+    return wire.work_to_pb(work)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda m: setattr(m, "features", b"odd"), "whole rows of 12 bytes"),
+        (lambda m: setattr(m, "block_size", 65), "block_size"),
+        (lambda m: setattr(m, "anchor_token_id", VOCAB), "anchor_token_id"),
+        (lambda m: setattr(m, "feature_start", 2**32 - 1), "position"),
+        (lambda m: setattr(m.fence, "session", ""), "session"),
+        (lambda m: setattr(m.fence, "session", "x" * 129), "session"),
+        (lambda m: setattr(m.fence, "committed_len", 0), "committed_len"),
+        (lambda m: setattr(m.sampling, "top_p", 0.0), "top_p"),
+        (lambda m: setattr(m.sampling, "temperature", float("nan")), "temperature"),
+        (lambda m: setattr(m.sampling, "mode", 9), "mode 9"),
+    ],
+)
+def test_work_outside_the_contract_is_refused(spoil: Callable[[Any], None], match: str) -> None:
+    message = good_work()
+    spoil(message)
+    with pytest.raises(ProtocolError, match=match):
+        wire.work_from_pb(message, WIDTH, VOCAB)
+
+
+def good_proposal() -> draft_pb2.BlockProposal:
+    ids = np.array([[1, 2], [3, 4]])
+    probs = np.full((2, 2), 0.5, dtype=np.float32)
+    confidences = np.array([0.5, 0.5], dtype=np.float32)
+    return wire.proposal_to_pb(
+        BlockProposal(Fence("s", 0, 0, 3), np.array([1, 3]), confidences, ids, probs)
+    )
+
+
+def law(*values: float) -> bytes:
+    return np.array(values, dtype="<f4").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda m: m.ClearField("token_ids"), "tokens"),
+        (lambda m: m.token_ids.extend([1] * 64), "tokens"),
+        (lambda m: m.confidences.append(0.5), "confidences"),
+        (lambda m: m.confidences.__setitem__(0, float("nan")), "confidences"),
+        (lambda m: m.confidences.__setitem__(0, 1.5), "confidences"),
+        (lambda m: m.token_ids.__setitem__(0, VOCAB), "token_ids"),
+        (lambda m: setattr(m, "candidates", 3), "bytes"),
+        (lambda m: setattr(m, "candidates", 2**31), "candidates"),
+        (lambda m: setattr(m, "candidate_probs", law(0.5, 0.5, 0.9, 0.5)), "laws"),
+        (lambda m: setattr(m, "candidate_probs", law(0.5, 0.5, 1.5, -0.5)), "laws"),
+        (lambda m: setattr(m, "candidate_probs", law(0.5, 0.5, float("nan"), 1)), "laws"),
+        (lambda m: setattr(m, "candidate_ids", np.array([1, 1, 3, 4], "<u4").tobytes()), "differ"),
+        (lambda m: setattr(m, "candidate_ids", np.array([1, 2, 3, VOCAB], "<u4").tobytes()), "id"),
+    ],
+)
+def test_proposals_outside_the_contract_are_refused(
+    spoil: Callable[[Any], None], match: str
+) -> None:
+    message = good_proposal()
+    spoil(message)
+    with pytest.raises(ProtocolError, match=match):
+        wire.proposal_from_pb(message, VOCAB)
+
+
+def test_a_request_needs_a_name_and_a_known_mode() -> None:
+    message = wire.request_to_pb(Request("r", (1,)), "m")
+    message.request_id = ""
+    with pytest.raises(InvalidRequestError, match="request_id"):
+        wire.request_from_pb(message)
+    message.request_id = "r"
+    message.sampling.mode = 12  # type: ignore[assignment]
+    with pytest.raises(InvalidRequestError, match="mode 12"):
+        wire.request_from_pb(message)
+
+
+def test_a_plan_needs_a_policy_and_positive_temperatures() -> None:
+    message = wire.plan_to_pb(StepPlan())
+    message.confidence_temperatures.append(0.0)
+    with pytest.raises(ProtocolError, match="temperatures"):
+        wire.plan_from_pb(message)
+    message.policy = 0  # type: ignore[assignment]
+    with pytest.raises(ProtocolError, match="policy"):
+        wire.plan_from_pb(message)
