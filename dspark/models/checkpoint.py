@@ -35,6 +35,7 @@ def save_drafter(drafter: DSparkDrafter, folder: str | Path, dtype: torch.dtype)
     tensors[_MAP] = drafter.draft_token_ids.to(torch.int32)
     partial = folder / (WEIGHTS_FILE + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors writes for the owner alone
     partial.replace(folder / WEIGHTS_FILE)
     settings = asdict(drafter.config)
     backbone = settings.pop("backbone")

@@ -257,7 +257,8 @@ def _backbone(config: DrafterConfig) -> Any:
     model_type = settings.pop("model_type")
     try:
         # No embedding of its own: one row is the least that transformers makes.
-        hf = AutoConfig.for_model(model_type, **{**settings, "vocab_size": 1, "pad_token_id": None})
+        tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+        hf = AutoConfig.for_model(model_type, **{**settings, **tokens, "vocab_size": 1})
         return AutoModel.from_config(hf, attn_implementation="sdpa")
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
