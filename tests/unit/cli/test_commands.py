@@ -1,0 +1,68 @@
+"""The command line: help for everything, one-line errors, and what doctor finds."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dspark import __version__
+from dspark.cli.main import app
+
+runner = CliRunner()
+COMMANDS = ("serve", "chat", "generate", "bench", "eval", "train", "doctor", "models")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    result = runner.invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output) > 300
+
+
+def test_the_version_is_printed() -> None:
+    assert runner.invoke(app, ["--version"]).output.strip() == __version__
+
+
+def test_errors_are_one_line_and_status_one(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.jsonl")
+    for arguments in (
+        ["eval", "--prompts", missing],
+        ["generate", "--prompts", missing, "--out", str(tmp_path / "out.jsonl")],
+        ["bench", "--concurrency", "1,two"],
+        ["models", "pull", "gpt-5"],
+        ["serve", "--config", missing],
+    ):
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 1, arguments
+        assert "error:" in result.stderr
+        assert "Traceback" not in result.output + result.stderr
+
+
+def test_chat_without_a_service_says_so() -> None:
+    with socket.socket() as held:  # bound but not listening: nothing answers there
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        result = runner.invoke(app, ["chat", "hello", "--address", address])
+    assert result.exit_code == 1
+    assert "error:" in result.stderr
+
+
+def test_doctor_finds_a_busy_port_and_says_what_to_do() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        port = held.getsockname()[1]
+        result = runner.invoke(app, ["doctor", "--http-port", str(port)])
+    assert result.exit_code == 1
+    assert f"port {port}" in result.output
+    assert "--http-port" in result.output
+
+
+def test_doctor_names_a_redis_that_does_not_answer() -> None:
+    result = runner.invoke(app, ["doctor", "--store-url", "redis://:secret@127.0.0.1:9/0"])
+    assert result.exit_code == 1
+    assert "does not answer" in result.output
+    assert "secret" not in result.output

@@ -1,0 +1,48 @@
+"""Settings from plain data: nested, checked, and nothing unknown passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dspark.config import EngineConfig, ModelConfig, ServeConfig, build, read_settings
+from dspark.errors import ConfigError
+
+
+def test_settings_nest(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("model: {target: x, dtype: float32}\nverifier_replicas: 2\n")
+    config = build(ServeConfig, read_settings(path))
+    assert config == ServeConfig(model=ModelConfig("x", dtype="float32"), verifier_replicas=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"modle": {}}, "'modle'"),
+        ({"model": {"tragte": "x"}}, "ModelConfig has no setting 'tragte'"),
+        ({"model": {"dtype": "int8"}}, "int8"),
+        ({"engine": {"policy": "clever"}}, "clever"),
+        ({"engine": {"max_requests": 0}}, "max_requests"),
+        ({"verifier_replicas": 0}, "verifier_replicas"),
+        ({"draft_replicas": -1}, "draft_replicas"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(values: dict[str, object], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        build(ServeConfig, values)
+
+
+@pytest.mark.parametrize("text", ["- a\n- list\n", "a: [unclosed", "\x00"])
+def test_files_that_hold_no_settings_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="settings"):
+        read_settings(path)
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_settings(tmp_path / "missing.yaml")
+
+
+def test_defaults_are_the_same_however_made() -> None:
+    assert build(EngineConfig, {}) == EngineConfig()
