@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from dspark.decoding.acceptance import (
     Drafts,
@@ -114,7 +115,11 @@ def _drafts(judged: list[Judged], device: torch.device, with_law: bool = False) 
             assert one.proposal.candidate_probs is not None
             ids.append(torch.from_numpy(one.proposal.candidate_ids[: one.verified]))
             probs.append(torch.from_numpy(one.proposal.candidate_probs[: one.verified]))
-    empty = torch.zeros(0, 1)
+    # Two draft replicas may cut their laws at different widths: pad with entries of no probability.
+    width = max((one.shape[1] for one in ids), default=1)
+    ids = [F.pad(one, (0, width - one.shape[1])) for one in ids]
+    probs = [F.pad(one, (0, width - one.shape[1])) for one in probs]
+    empty = torch.zeros(0, width)
     return Drafts(
         lengths=tuple(one.verified for one in judged),
         token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),

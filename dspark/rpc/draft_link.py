@@ -59,7 +59,6 @@ class RemoteDraftLink:
         self._sequence = 0
         self._sent_at: dict[int, float] = {}  # batch -> time, of batches that want blocks
         self._replies = DraftReplies()
-        self._have: set[Fence] = set()
         self._block_s = 0.0
         self._misses = 0
         self._rest_s = _FIRST_REST_S
@@ -104,12 +103,12 @@ class RemoteDraftLink:
         """Replies so far; waits for `wanted` until the deadline or the stream's end."""
         with self._state:
             if wanted:
+                # Batches are answered in order, and each is answered, if only by a resync request.
                 complete = self._state.wait_for(
-                    lambda: self._outgoing is None or wanted <= self._have, self._deadline_s()
+                    lambda: self._outgoing is None or not self._sent_at, self._deadline_s()
                 )
                 self._note(on_time=complete and self._outgoing is not None)
             replies, self._replies = self._replies, DraftReplies()
-            self._have.clear()
             return replies
 
     def _deadline_s(self) -> float:
@@ -236,7 +235,6 @@ class RemoteDraftLink:
                 self._block_s = 0.9 * self._block_s + 0.1 * took if self._block_s else took
             self._replies.proposals.extend(proposals)
             self._replies.resyncs.extend(resync_from_pb(r) for r in reply.resyncs)
-            self._have.update(p.fence for p in proposals)
             self._state.notify_all()
 
     def _up(self, welcome: pb.Welcome) -> asyncio.Queue[pb.ConnectRequest]:
@@ -253,6 +251,7 @@ class RemoteDraftLink:
         with self._state:
             self._outgoing = None
             self._credits = 0
+            self._sent_at.clear()
             self._state.notify_all()
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny import ScriptedLink, Tally, hf_model, run, tiny_drafter, tiny_engine, tiny_target
 from scipy import stats
 
 from dspark.decoding.law import target_law
-from dspark.types import Request, SamplingParams, VerifyMode
+from dspark.engine.judge import Judged, judge
+from dspark.types import BlockProposal, Fence, Request, SamplingParams, VerifyMode
 
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
 FALSE_ALARM = 1e-4  # of each statistical test; seeds are fixed, so a pass stays a pass
@@ -166,3 +168,22 @@ def test_a_failover_goes_on_with_the_same_coupled_output() -> None:
     resumed = Request("a", (*PROMPT, *whole[:10]), rest, epoch=1)
     again = conclusive(run(tiny_engine(target, tiny_drafter(target)), [resumed]))
     assert again.tokens["a"] == whole[10:]
+
+
+def test_laws_of_different_widths_are_judged_together() -> None:
+    law = torch.tensor([[0.5, 0.3, 0.2, 0.0]])
+    requests = [Request(name, (1,), SamplingParams(seed=i)) for i, name in enumerate("ab")]
+    blocks = [
+        BlockProposal(
+            Fence(name, 0, 0, 1),
+            np.array([0]),
+            np.array([0.5], dtype=np.float32),
+            np.arange(width)[None],
+            np.full((1, width), 1 / width, dtype=np.float32),
+        )
+        for name, width in (("a", 2), ("b", 4))
+    ]
+    judged = [Judged(r, b.fence, b, 1) for r, b in zip(requests, blocks, strict=True)]
+    verdicts = judge(law.log().expand(4, 4), judged)
+    # token 0 is likelier under the target than under either law: it always stands
+    assert [v.accepted for v in verdicts] == [1, 1]
