@@ -26,6 +26,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 MAX_SEED = 2**63 - 1
+_GREEDY_BELOW = 1e-5  # of temperature: logits divided by less leave the range of float32
 
 
 class VerifyMode(StrEnum):
@@ -45,7 +46,10 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen; temperature 0 is greedy. Raises InvalidRequestError."""
+    """How the next token is chosen; temperature 0 (or next to it) is greedy.
+
+    Raises InvalidRequestError.
+    """
 
     temperature: float = 1.0
     top_k: int = 0  # 0: off
@@ -74,7 +78,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the next token is the argmax, so that nothing is random."""
-        return self.temperature == 0.0
+        return self.temperature < _GREEDY_BELOW
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ def _cut_top_p(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     if depth < probs.shape[-1] and bool((values.sum(dim=-1, keepdim=True) < limit).any()):
         values, ids = wanted.sort(dim=-1, descending=True)
     before = values.cumsum(dim=-1) - values
-    before[:, 0] = 0.0  # the most likely token always stays
+    before[:, 0] = -1.0  # the most likely token always stays, be the limit ever so small
     kept = values.masked_fill(before >= limit, 0.0)
     kept = kept / kept.sum(dim=-1, keepdim=True)
     out = probs.clone()

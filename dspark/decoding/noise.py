@@ -63,8 +63,9 @@ def gumbel(
 
 
 def _to_unit(words: torch.Tensor) -> torch.Tensor:
-    # 53 random bits, centred in their cell so that neither 0 nor 1 can occur
-    return (_shift_right(words, 11).double() + 0.5) * 2.0**-53
+    # Centred in their cell, so that neither 0 nor 1 can occur. 52 random bits, not 53: the half
+    # must not be rounded away.
+    return (_shift_right(words, 12).double() + 0.5) * 2.0**-52
 
 
 def _mix(words: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,8 @@ class EngineRunner:
         added: Future[None] = Future()
 
         def put() -> None:
+            if not added.set_running_or_notify_cancel():
+                return  # the caller has gone; answering would raise, and end the engine's thread
             try:
                 if self.failure is not None:
                     raise UnavailableError(f"this verifier's engine failed: {self.failure}")

@@ -394,9 +394,11 @@ class VerifierEngine:
         decode = [turn for turn in turns if turn.emits]
         drafted = sum(result.drafted for result in results)
         prefill = sum(turn.rows for turn in turns) - sum(turn.logit_rows for turn in turns)
-        if self.table is not None and prefill == 0:
+        if self.table is not None and decode:
             count = len(decode)
-            if drafted:
+            if not drafted:
+                self._gate.tick(count)  # with prompts in the step too, or pauses would never end
+            elif prefill == 0:
                 draft_ms = self._link.block_ms if self._link is not None else 0.0
                 self._gate.record(
                     requests=count,
@@ -404,8 +406,6 @@ class VerifierEngine:
                     round_ms=draft_ms + self.table.ms(count, sum(turn.rows for turn in turns)),
                     plain_ms=self.table.ms(count, count),
                 )
-            else:
-                self._gate.tick(count)
         width = self._block_size
         _, waiting, free, total = self.load
         self.last_report = StepReport(

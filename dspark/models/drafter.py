@@ -48,6 +48,9 @@ class DrafterConfig:
         return int(self.backbone["hidden_size"])
 
     def __post_init__(self) -> None:
+        missing = {"model_type", "hidden_size"} - self.backbone.keys()
+        if missing:
+            raise CheckpointError(f"the drafter's backbone does not say its {sorted(missing)}")
         if self.block_size < 1:
             raise CheckpointError(f"block_size must be at least 1; got {self.block_size}")
         if not 0 <= self.mask_token_id < self.vocab_size:

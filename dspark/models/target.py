@@ -17,8 +17,12 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from dspark.errors import CheckpointError
-from dspark.kernels.reference.paged_attention import AttentionPlan, paged_attention
-from dspark.models.kv_cache import PagedKVCache
+from dspark.kernels.reference.paged_attention import (
+    AttentionPlan,
+    paged_attention,
+    plan_attention,
+)
+from dspark.models.kv_cache import PAGE_SIZE, PagedKVCache
 from dspark.models.packed_linear import can_pack, pack_linears
 
 ATTENTION_NAME = "dspark_paged"
@@ -61,7 +65,7 @@ class TargetModel:
         # kept from before packing, which replaces the module
         self.embed_weight: torch.Tensor = model.get_input_embeddings().weight
         self.lm_head_weight: torch.Tensor = model.get_output_embeddings().weight
-        self.final_norm_weight: torch.Tensor = model.get_decoder().norm.weight
+        self.final_norm_weight: torch.Tensor = _final_norm(model).weight
         self.tap_layer_ids = tap_layer_ids
         self._tapped: dict[int, torch.Tensor] = {}
         _hook_taps(model, tap_layer_ids, self._tapped)
@@ -69,6 +73,7 @@ class TargetModel:
         model.set_attn_implementation(ATTENTION_NAME)
         if can_pack(self.dtype, self.device):
             pack_linears(model)
+        self._check_attention()
 
     @classmethod
     def load(
@@ -86,6 +91,17 @@ class TargetModel:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot load the target {str(path)!r}: {error}") from error
         return cls(model.to(device), tap_layer_ids)
+
+    def _check_attention(self) -> None:
+        """Run one token; CheckpointError unless every layer's attention reads our pages."""
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        slot = zero + PAGE_SIZE
+        kv = PagedKVCache(2, self.device)
+        self.forward(TargetBatch(zero, zero, plan_attention(zero, slot, [1], [slot]), zero), kv)
+        borrowing = getattr(self.config, "num_kv_shared_layers", None) or 0
+        own = range(self.config.num_hidden_layers - borrowing)
+        if not all(kv.holds(layer) for layer in own):
+            raise _unsupported_attention(self.config.model_type)
 
     @torch.inference_mode()
     def forward(self, batch: TargetBatch, kv: PagedKVCache) -> TargetOutput:
@@ -112,14 +128,17 @@ def _attend(
     value: torch.Tensor,  # [1, G, T, Dv]
     attention_mask: torch.Tensor | None,
     *,
-    dspark_plan: AttentionPlan,
-    dspark_kv: PagedKVCache,
+    dspark_plan: AttentionPlan | None = None,
+    dspark_kv: PagedKVCache | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
+    # A mask of the model's own making (Doge's) holds more than who sees whom, and pages drop it.
+    if dspark_plan is None or dspark_kv is None or attention_mask is not None:
+        raise _unsupported_attention(type(module).__name__)
     layer = _kv_layer(module)
     if layer == module.layer_idx:
         k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
@@ -161,6 +180,24 @@ def _hook_taps(model: Any, layer_ids: tuple[int, ...], into: dict[int, torch.Ten
             into[i] = out[0] if isinstance(out, tuple) else out
 
         layers[i].register_forward_hook(keep)
+
+
+def _final_norm(model: Any) -> Any:
+    decoder = model.get_decoder()
+    norm = getattr(decoder, "norm", None)
+    if getattr(norm, "weight", None) is None or not hasattr(decoder, "layers"):
+        raise CheckpointError(
+            f"{model.config.model_type}: only decoders with `layers` and a weighted final `norm`, "
+            "as in Llama's family, can be served"
+        )
+    return norm
+
+
+def _unsupported_attention(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} does not go through transformers' attention interface in full, so its attention "
+        "cannot run over pages; choose a target of another family"
+    )
 
 
 def _refuse_unsupported(config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -122,9 +123,8 @@ class Trainer:
                 continue
             with self._autocast:
                 blocks = force(self.drafter, one, anchors)
-            _, tv = draft_loss(
-                blocks.logits, blocks.law, torch.ones(len(blocks.valid)), ce_weight=0, tv_weight=1
-            )
+            ones = torch.ones(len(blocks.valid), device=blocks.logits.device)
+            _, tv = draft_loss(blocks.logits, blocks.law, ones, ce_weight=0, tv_weight=1)
             hit = self.drafter.draft_token_ids[blocks.logits.argmax(dim=-1)] == blocks.choices
             for k in range(size):
                 rows = blocks.valid & (blocks.positions == k)
@@ -205,18 +205,15 @@ class Trainer:
         return 0.5 * (1.0 + math.cos(math.pi * progress))
 
     def _batches(self) -> Iterator[list[Conversation]]:
-        """Shuffled passes over the text, from where `self.step` stands."""
-        per_step = self.config.conversations_per_step
-        done = self.step * per_step
-        while True:
-            epoch, start = divmod(done, len(self._text))
+        """Shuffled passes over the text, from where `self.step` stands; whole batches only."""
+        per_step = min(self.config.conversations_per_step, len(self._text))
+        per_epoch = len(self._text) // per_step
+        for step in itertools.count(self.step):
+            epoch, batch = divmod(step, per_epoch)
             order = list(range(len(self._text)))
             random.Random(f"{self.config.seed}/{epoch}").shuffle(order)
-            while start + per_step <= len(order):
-                yield [self._text[i] for i in order[start : start + per_step]]
-                start += per_step
-                done += per_step
-            done = (epoch + 1) * len(self._text)
+            start = batch * per_step
+            yield [self._text[i] for i in order[start : start + per_step]]
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config

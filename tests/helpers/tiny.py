@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from helpers.tokenizer import byte_level
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dspark.config import EngineConfig
 from dspark.engine.draft_link import DraftLink, DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
 from dspark.engine.verifier import VerifierEngine
+from dspark.models.checkpoint import save_drafter
 from dspark.models.drafter import DrafterConfig, DSparkDrafter
 from dspark.models.target import TargetModel
+from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import (
     BlockProposal,
     DraftWork,
@@ -27,6 +31,9 @@ from dspark.types import (
 )
 
 TAPS = (0, 1)
+# Rows cost nothing and drafting next to nothing: what a plan admits hangs on its ceiling alone, and
+# not on how fast this machine drafts.
+FREE_ROWS = StepTimeTable((1, 64), (1, 5), ((1e6, 1e6), (1e6, 1e6)))
 _SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -86,6 +93,18 @@ def tiny_drafter(
     return drafter.for_inference(torch.float32)
 
 
+def save_models(folder: Path, block_size: int = 4) -> tuple[Path, Path]:
+    """A target with its tokenizer, and a drafter, as users have them: two folders."""
+    tokenizer = byte_level()
+    model = hf_model(vocab=len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    drafter = tiny_drafter(TargetModel(model, TAPS), block_size)
+    save_drafter(drafter, folder / "drafter", torch.float32)
+    return folder / "target", folder / "drafter"
+
+
 def tiny_engine(
     target: TargetModel,
     drafter: DSparkDrafter | None = None,
@@ -137,6 +156,27 @@ class ScriptedLink:
         return DraftReplies(ready)
 
 
+class RecordingLink(LocalDraftLink):
+    """A drafter in this process; keeps every block, by request and committed length."""
+
+    def __init__(self, drafter: DSparkDrafter, num_pages: int = 64) -> None:
+        self.engine = DraftEngine(drafter, num_pages)
+        super().__init__(self.engine)
+        self.blocks: dict[tuple[str, int], list[int]] = {}
+        self.up = True
+
+    @property
+    def available(self) -> bool:
+        return self.up
+
+    def collect(self, wanted: set[Fence]) -> DraftReplies:
+        replies = super().collect(wanted)
+        for proposal in replies.proposals:
+            key = proposal.fence.session, proposal.fence.committed_len
+            self.blocks[key] = proposal.token_ids.tolist()
+        return replies
+
+
 class Tally:
     """Tokens by request, and what drafting did."""
 
@@ -167,7 +207,10 @@ def run(
 ) -> Tally:
     """Generate to the end; with a budget seed, another verification budget at every step."""
     tally = Tally()
-    budgets = None if budget_seed is None else random.Random(budget_seed)
+    budgets = None
+    if budget_seed is not None:
+        budgets = random.Random(budget_seed)
+        engine.table = FREE_ROWS
     for request in requests:
         engine.add(request)
     while engine.has_work:
@@ -182,5 +225,5 @@ def random_plan(budgets: random.Random) -> StepPlan:
     return StepPlan(
         policy=budgets.choice(list(VerificationPolicy)),
         block_size=budgets.randint(0, 4),
-        max_draft_tokens=budgets.randint(0, 6),
+        max_draft_tokens=budgets.choice([0, 1, 3, 7, 30, 100]),
     )
