@@ -163,11 +163,6 @@ class RecordingLink(LocalDraftLink):
         self.engine = DraftEngine(drafter, num_pages)
         super().__init__(self.engine)
         self.blocks: dict[tuple[str, int], list[int]] = {}
-        self.up = True
-
-    @property
-    def available(self) -> bool:
-        return self.up
 
     def collect(self, wanted: set[Fence]) -> DraftReplies:
         replies = super().collect(wanted)

@@ -15,6 +15,7 @@ from helpers.tiny import Tally, run, tiny_drafter, tiny_engine, tiny_target
 from dspark.engine.drafting import DraftEngine
 from dspark.pb import draft_pb2 as pb
 from dspark.pb import draft_pb2_grpc
+from dspark.rpc import draft_link
 from dspark.rpc.draft_link import PROTOCOL_VERSION, RemoteDraftLink
 from dspark.rpc.server import ReplicaServer
 from dspark.services.draft.servicer import CREDITS, DraftServicer
@@ -215,7 +216,8 @@ class Silent(draft_pb2_grpc.DraftServicer):
             pass
 
 
-async def test_a_silent_draft_service_is_left_alone() -> None:
+async def test_a_silent_draft_service_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_link, "_FIRST_REST_S", 600.0)  # longer than the test
     async with serving(Silent()) as address, link_to(address) as link:
         await connected(link)
         assert link.available

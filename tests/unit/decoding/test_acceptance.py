@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from dspark.decoding.acceptance import Drafts, verify_equal, verify_rejection
+from dspark.decoding.acceptance import (
+    Drafts,
+    coupled_choices,
+    sample,
+    verify_equal,
+    verify_rejection,
+)
+from dspark.decoding.noise import Stream, draw_key, key_tensor
 
 weights = st.lists(st.integers(0, 8), min_size=5, max_size=5).filter(any)
 GRID = 400
@@ -69,3 +79,82 @@ def test_equality_stops_at_the_first_difference_of_each_sequence() -> None:
     drafts = Drafts((2, 0, 1), torch.tensor([4, 7, 9]))
     verdicts = verify_equal(choices, drafts)
     assert [(v.accepted, v.next_token_id) for v in verdicts] == [(1, 5), (0, 1), (1, 9)]
+
+
+class Case(NamedTuple):
+    """Sequences of one batch, each on its own: rows, drafts, and the draws."""
+
+    lengths: tuple[int, ...]
+    law: torch.Tensor  # [R, 6]
+    drafts: Drafts
+    accept: torch.Tensor  # [D]
+    recover: torch.Tensor  # [S]
+
+    def alone(self, s: int) -> Case:
+        row = s + sum(self.lengths[:s])
+        rows = slice(row, row + self.lengths[s] + 1)
+        own = slice(row - s, row - s + self.lengths[s])
+        ids, probs = self.drafts.candidate_ids, self.drafts.candidate_probs
+        assert ids is not None
+        assert probs is not None
+        drafts = Drafts((self.lengths[s],), self.drafts.token_ids[own], ids[own], probs[own])
+        length = (self.lengths[s],)
+        return Case(length, self.law[rows], drafts, self.accept[own], self.recover[s : s + 1])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    lengths = tuple(draw(st.lists(st.integers(0, 4), min_size=1, max_size=5)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    total = sum(lengths)
+    law = torch.softmax(torch.randn(total + len(lengths), 6, generator=generator), -1)
+    candidates = torch.rand(total, 6, generator=generator).argsort(-1)[:, :3]
+    probs = torch.softmax(torch.randn(total, 3, generator=generator), -1)
+    return Case(
+        lengths,
+        law,
+        Drafts(lengths, candidates[:, 0], candidates, probs),
+        torch.rand(total, generator=generator, dtype=torch.float64),
+        torch.rand(len(lengths), generator=generator, dtype=torch.float64),
+    )
+
+
+@given(cases())
+def test_the_sequences_of_a_batch_are_judged_each_alone(case: Case) -> None:
+    alone = [case.alone(s) for s in range(len(case.lengths))]
+    together = verify_rejection(case.law, case.drafts, case.accept, case.recover)
+    assert together == [
+        verify_rejection(one.law, one.drafts, one.accept, one.recover)[0] for one in alone
+    ]
+    own = case.law.argmax(-1)
+    assert verify_equal(own, case.drafts) == [
+        verify_equal(one.law.argmax(-1), one.drafts)[0] for one in alone
+    ]
+
+
+@given(st.integers(0, 2**31))
+def test_a_draft_from_the_targets_own_law_always_stands(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    law = torch.softmax(torch.randn(4, 6, generator=generator), -1)
+    draws = torch.rand(4, generator=generator, dtype=torch.float64)
+    drafted = sample(law[:3], draws[:3])
+    drafts = Drafts((3,), drafted, torch.arange(6).expand(3, 6), law[:3])
+    almost_one = torch.full((3,), 1 - 2.0**-53, dtype=torch.float64)
+    (verdict,) = verify_rejection(law, drafts, almost_one, draws[3:])
+    assert (verdict.accepted, verdict.next_token_id) == (3, int(sample(law[3:], draws[3:])))
+
+
+@given(st.lists(st.integers(0, 3), min_size=4, max_size=4).filter(any), st.floats(0, 1 - 2**-53))
+def test_what_has_no_weight_is_never_sampled(parts: list[int], draw: float) -> None:
+    chosen = int(sample(law(parts)[None], torch.tensor([draw], dtype=torch.float64)))
+    assert parts[chosen] > 0
+
+
+@pytest.mark.statistical
+def test_coupled_choices_follow_the_law() -> None:
+    """χ² over 20,000 keys; fails by chance once in 10,000 sets of seeds."""
+    keys = key_tensor([draw_key(seed, Stream.COUPLED, 7) for seed in range(20_000)])
+    p = law([1, 2, 3, 4, 0]).expand(len(keys), 5)
+    seen = coupled_choices(p, keys).bincount(minlength=5)
+    assert seen[4] == 0
+    assert stats.chisquare(seen[:4].numpy(), [2000, 4000, 6000, 8000]).pvalue > 1e-4

@@ -71,3 +71,20 @@ def test_a_nucleus_wider_than_the_first_guess_is_found() -> None:
     logits = torch.zeros(1, 5000)  # flat: half of the mass is half of the vocabulary
     law = target_law(logits, *arguments(1.0, 0, 0.5))
     assert int((law > 0).sum()) == pytest.approx(2500, abs=2)
+
+
+def test_ties_with_the_last_of_top_k_stay_as_in_transformers() -> None:
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
+    want = torch.softmax(TopKLogitsWarper(2)(None, logits), -1)
+    torch.testing.assert_close(target_law(logits, *arguments(1.0, 2, 1.0)), want)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e-5, 1.0), (100.0, 1.0), (1.0, 1e-46)])
+def test_extreme_settings_still_give_a_law(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([[30.0, 40.0, 39.0, -300.0]])
+    _, proposed = proposal_law(logits, 3, *arguments(temperature, 0, top_p))
+    for law in (target_law(logits, *arguments(temperature, 0, top_p)), proposed):
+        assert torch.isfinite(law).all()
+        assert law.sum().item() == pytest.approx(1.0, abs=1e-6)
+    if temperature < 1 or top_p < 1:
+        assert proposed.tolist() == [[1.0, 0.0, 0.0]]

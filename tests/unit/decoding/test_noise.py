@@ -50,3 +50,24 @@ def test_gumbel_at_candidates_is_that_of_the_whole_vocabulary() -> None:
 def test_gumbel_noise_is_gumbel() -> None:
     sample = gumbel(key_tensor([draw_key(9, Stream.COUPLED, 1)]), torch.arange(50_000))[0]
     assert stats.kstest(sample.numpy(), "gumbel_r").pvalue > FALSE_ALARM
+
+
+def test_the_ends_of_the_interval_are_never_drawn() -> None:
+    """At 1 a Gumbel draw would be infinite, and choose a token whatever its probability."""
+    words = key_tensor([0, 2**64 - 1, 2**63, 2**63 - 1])
+    draws = noise._to_unit(words)
+    assert ((draws > 0) & (draws < 1)).all()
+    assert torch.isfinite(-torch.log(-torch.log(draws))).all()
+
+
+def test_draws_have_names_of_their_own() -> None:
+    names = [
+        (seed, stream, a, b)
+        for seed in (0, 1, 2**63 - 1)
+        for stream in Stream
+        for a in range(8)
+        for b in range(8)
+    ]
+    names_without_b = [(seed, stream, a) for seed in (0, 1) for stream in Stream for a in range(8)]
+    keys = {draw_key(*name) for name in [*names, *names_without_b]}
+    assert len(keys) == len(names) + len(names_without_b)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -9,10 +12,21 @@ import pytest
 import torch
 from helpers.tiny import ScriptedLink, Tally, hf_model, run, tiny_drafter, tiny_engine, tiny_target
 from scipy import stats
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from dspark.decoding.law import target_law
-from dspark.engine.judge import Judged, judge
-from dspark.types import BlockProposal, Fence, Request, SamplingParams, VerifyMode
+from dspark.decoding.noise import Stream, draw_key
+from dspark.engine import drafting, judge, verifier
+from dspark.engine.verifier import VerifierEngine
+from dspark.scheduling.planner import Search, plan_lengths
+from dspark.scheduling.step_table import StepTimeTable
+from dspark.types import (
+    BlockProposal,
+    DraftWork,
+    Fence,
+    Request,
+    SamplingParams,
+    VerifyMode,
+)
 
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
 FALSE_ALARM = 1e-4  # of each statistical test; seeds are fixed, so a pass stays a pass
@@ -68,75 +82,151 @@ def test_greedy_equals_plain_with_a_real_drafter(window: int) -> None:
     assert tally.tokens == plain.tokens
 
 
-def exact_law(prompt: tuple[int, ...], sampling: SamplingParams, depth: int) -> torch.Tensor:
+def exact_law(sampling: SamplingParams, depth: int) -> torch.Tensor:
     """P of every continuation of `depth` tokens, by transformers alone: [V] * depth."""
     model = hf_model(vocab=VOCAB)
-    law = torch.ones(())
+    law = torch.ones((), dtype=torch.float64)
     for d in range(depth):
         prefixes = list(product(range(VOCAB), repeat=d))
-        batch = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
+        batch = torch.tensor([[*PROMPT[:3], *prefix] for prefix in prefixes])
         with torch.inference_mode():
-            logits = model(batch).logits[:, -1]
-        n = len(prefixes)
-        step = target_law(
-            logits,
-            torch.full((n,), sampling.temperature),
-            torch.full((n,), sampling.top_k),
-            torch.full((n,), sampling.top_p),
-        )
-        law = law[..., None] * step.view(*[VOCAB] * (d + 1)).double()
+            scores = TemperatureLogitsWarper(sampling.temperature)(None, model(batch).logits[:, -1])
+        if sampling.top_p < 1.0:
+            scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+        step = torch.softmax(scores.double(), -1)
+        law = law[..., None] * step.view(*[VOCAB] * (d + 1))
     return law
 
 
 VOCAB = 8
-SAMPLES = 6000
+DEPTH = 3  # tokens whose joint law is compared
 
 
-@pytest.mark.statistical
-@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.0, 1.0), (1.0, 0.9), (0.7, 0.9)])
-def test_rejection_follows_the_target_law_under_changing_budgets(
-    temperature: float, top_p: float
-) -> None:
-    p_value, tally = goodness_of_fit(temperature, top_p)
-    conclusive(tally)
-    assert p_value > FALSE_ALARM
-
-
-@pytest.mark.statistical
-def test_a_biased_verifier_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same test fails when accept draws come out too small, as a shared stream makes them."""
-    import dspark.engine.judge as judge
-
-    honest = judge.uniform
-    monkeypatch.setattr(judge, "uniform", lambda keys: honest(keys) ** 2)
-    p_value, _ = goodness_of_fit(1.0, 1.0)
-    assert p_value < FALSE_ALARM
-
-
-def goodness_of_fit(temperature: float, top_p: float) -> tuple[float, Tally]:
-    """χ² of the first three tokens of many requests against the exact law."""
-    target = tiny_target(vocab=VOCAB)
-    engine = tiny_engine(target, tiny_drafter(target), max_requests=64, max_waiting=SAMPLES)
-    sampling = [
-        SamplingParams(temperature=temperature, top_p=top_p, max_tokens=6, seed=i)
-        for i in range(SAMPLES)
-    ]
-    requests = [Request(str(i), PROMPT[:3], s) for i, s in enumerate(sampling)]
-    tally = run(engine, requests, budget_seed=1)
-    law = exact_law(PROMPT[:3], sampling[0], depth=3).flatten()
-    seen = torch.zeros(VOCAB**3, dtype=torch.float64)
+def goodness_of_fit(
+    engine: VerifierEngine,
+    sampling: SamplingParams,
+    samples: int,
+    *,
+    budgets: bool = True,
+    after: int = 0,
+) -> float:
+    """χ² p-value of tokens `after` to DEPTH of many requests, jointly, against the exact law."""
+    requests = [Request(str(i), PROMPT[:3], replace(sampling, seed=i)) for i in range(samples)]
+    tally = conclusive(run(engine, requests, budget_seed=1 if budgets else None))
+    law, seen = exact_law(sampling, DEPTH), torch.zeros(*[VOCAB] * DEPTH, dtype=torch.float64)
     for tokens in tally.tokens.values():
-        a, b, c = tokens[:3]
-        seen[(a * VOCAB + b) * VOCAB + c] += 1
+        seen[tuple(tokens[:DEPTH])] += 1
+    for _ in range(after):
+        law, seen = law.sum(0), seen.sum(0)
+    law, seen = law.flatten(), seen.flatten()
     assert seen[law == 0].sum() == 0, "a token outside top-p was emitted"
     # χ² wants five expected in a cell: pool what is rarer
-    expected = law * SAMPLES
+    expected = law * samples
     common = expected >= 5
     observed = torch.cat([seen[common], seen[~common].sum()[None]])
     wanted = torch.cat([expected[common], expected[~common].sum()[None]])
     kept = wanted > 0
     result = stats.chisquare(observed[kept].numpy(), wanted[kept].numpy(), sum_check=False)
-    return float(result.pvalue), tally
+    return float(result.pvalue)
+
+
+def sampling_engine(monkeypatch: pytest.MonkeyPatch) -> VerifierEngine:
+    """Drafts from a law cut to five of eight tokens, so that the cut is put to the test too."""
+    monkeypatch.setattr(drafting, "CANDIDATES", 5)
+    target = tiny_target(vocab=VOCAB)
+    return tiny_engine(target, tiny_drafter(target), max_requests=64, max_waiting=10_000)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.0, 1.0), (1.0, 0.9), (0.7, 0.9)])
+def test_rejection_follows_the_target_law_under_changing_budgets(
+    temperature: float, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=6)
+    assert goodness_of_fit(sampling_engine(monkeypatch), sampling, samples=6000) > FALSE_ALARM
+
+
+def small_accept_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = judge.uniform
+    monkeypatch.setattr(judge, "uniform", lambda keys: honest(keys) ** 2)
+
+
+def recovery_from_the_accept_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shared(seed: int, stream: Stream, *counters: int) -> int:
+        if stream is Stream.RECOVER:
+            return draw_key(seed, Stream.ACCEPT, *counters, 0)
+        return draw_key(seed, stream, *counters)
+
+    monkeypatch.setattr(judge, "draw_key", shared)
+
+
+def a_law_that_was_not_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proposal is drawn at one temperature and described at another."""
+    honest = drafting.sample
+    monkeypatch.setattr(drafting, "sample", lambda law, draws: honest(law**3, draws))
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(
+    "bias", [small_accept_draws, recovery_from_the_accept_stream, a_law_that_was_not_drawn_from]
+)
+def test_a_biased_engine_is_found_out(
+    bias: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison above has the power to fail: a few thousand samples tell."""
+    bias(monkeypatch)
+    sampling = SamplingParams(max_tokens=6)
+    assert goodness_of_fit(sampling_engine(monkeypatch), sampling, samples=4000) < FALSE_ALARM
+
+
+class TellingLink(ScriptedLink):
+    """Drafts evenly; its third confidence gives away which second token was drawn."""
+
+    def __init__(self) -> None:
+        super().__init__({}, VOCAB)
+
+    def submit(self, works: Sequence[DraftWork]) -> None:
+        for work in works:
+            size = work.block_size
+            tokens = self._rng.integers(0, VOCAB, size)
+            last = 1.0 if size > 1 and tokens[1] < VOCAB // 2 else 0.0
+            self._ready.append(
+                BlockProposal(
+                    work.fence,
+                    tokens,
+                    np.array([0.9, 0.8, last], dtype=np.float32)[:size],
+                    np.tile(np.arange(VOCAB), (size, 1)),
+                    np.full((size, VOCAB), 1 / VOCAB, dtype=np.float32),
+                )
+            )
+
+
+# One row more costs little, two cost much, and a third next to nothing: Algorithm 1 stops before
+# the second drafted token, a global search goes on where the third one looks good.
+JAGGED = StepTimeTable((1, 2), (1, 2, 3, 4), ((1.0, 1.2, 2.0, 2.05),) * 2)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("search", "lossless"), [("causal", True), ("global", False)])
+def test_confidences_that_tell_of_tokens_do_no_harm(
+    search: Search, lossless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Appendix A through the whole engine."""
+    monkeypatch.setattr(verifier, "plan_lengths", partial(plan_lengths, search=search))
+    target = tiny_target(vocab=VOCAB)
+    engine = tiny_engine(
+        target,
+        tiny_drafter(target, block_size=3),
+        link=TellingLink(),
+        policy="adaptive",
+        max_requests=1,
+        max_waiting=10_000,
+    )
+    engine.table = JAGGED
+    # a nearly even law, so that what is drafted mostly stands and its bias with it
+    sampling = SamplingParams(temperature=3.0, max_tokens=5)
+    p_value = goodness_of_fit(engine, sampling, samples=600, budgets=False, after=2)
+    assert (p_value > FALSE_ALARM) is lossless
 
 
 def coupled(seed: int, **settings: float) -> SamplingParams:
@@ -158,6 +248,22 @@ def test_coupled_output_is_a_function_of_prompt_seed_and_target() -> None:
         r.id: run(tiny_engine(target, tiny_drafter(target)), [r]).tokens[r.id] for r in requests
     }
     assert plain == drafted.tokens == budgets.tokens == alone
+
+
+def test_whatever_shares_a_batch_changes_nothing() -> None:
+    """Greedy, coupled, rejection and undrafted requests side by side, against each alone."""
+    target = tiny_target()
+    kinds = [
+        SamplingParams(temperature=0.0, max_tokens=30),
+        coupled(4, top_p=0.9),
+        SamplingParams(temperature=0.8, top_k=9, max_tokens=30, seed=5),
+        SamplingParams(temperature=0.8, max_tokens=30, seed=6, speculate=False),
+    ]
+    requests = [Request(str(i), PROMPT[: i + 3], kind) for i, kind in enumerate(kinds)]
+    together = conclusive(run(tiny_engine(target, tiny_drafter(target)), requests))
+    for one in requests:
+        alone = run(tiny_engine(target, tiny_drafter(target)), [one])
+        assert together.tokens[one.id] == alone.tokens[one.id]
 
 
 def test_a_failover_goes_on_with_the_same_coupled_output() -> None:
@@ -183,7 +289,7 @@ def test_laws_of_different_widths_are_judged_together() -> None:
         )
         for name, width in (("a", 2), ("b", 4))
     ]
-    judged = [Judged(r, b.fence, b, 1) for r, b in zip(requests, blocks, strict=True)]
-    verdicts = judge(law.log().expand(4, 4), judged)
+    judged = [judge.Judged(r, b.fence, b, 1) for r, b in zip(requests, blocks, strict=True)]
+    verdicts = judge.judge(law.log().expand(4, 4), judged)
     # token 0 is likelier under the target than under either law: it always stands
     assert [v.accepted for v in verdicts] == [1, 1]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from helpers.tiny import (
+    FREE_ROWS,
+    RecordingLink,
     ScriptedLink,
     Tally,
     random_plan,
@@ -20,12 +23,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from dspark.engine import verifier
 from dspark.engine.draft_link import DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
 from dspark.errors import InvalidRequestError, OverloadedError
 from dspark.models.kv_cache import PAGE_SIZE
 from dspark.scheduling.step_table import StepTimeTable
-from dspark.types import DraftWork, Fence, FinishReason, Request, SamplingParams
+from dspark.types import (
+    DraftWork,
+    Fence,
+    FinishReason,
+    Request,
+    SamplingParams,
+    VerificationResult,
+)
 
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
 TARGET = tiny_target()
@@ -125,6 +136,131 @@ def test_a_proposal_of_unknown_tokens_is_not_verified() -> None:
     assert tally.tokens["a"] == plain(one)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(lambda fence: replace(fence, session="b"), id="session"),
+        pytest.param(lambda fence: replace(fence, epoch=fence.epoch + 1), id="epoch"),
+        pytest.param(lambda fence: replace(fence, round=fence.round - 1), id="round"),
+        pytest.param(lambda fence: replace(fence, committed_len=fence.committed_len - 1), id="len"),
+    ],
+)
+def test_a_proposal_for_another_state_is_dropped(other: Callable[[Fence], Fence]) -> None:
+    class Stale(ScriptedLink):
+        def collect(self, wanted: set[Fence]) -> DraftReplies:
+            proposals = super().collect(wanted).proposals
+            return DraftReplies([replace(p, fence=other(p.fence)) for p in proposals])
+
+    one = request()
+    tally = with_link(Stale({one.id: [*PROMPT, *plain(one)]}, TARGET.vocab_size, 0.0))
+    assert tally.drafted == 0
+    assert tally.tokens["a"] == plain(one)
+
+
+def test_a_draft_without_its_law_is_not_used_where_one_is_needed() -> None:
+    one = request(temperature=1.0)
+    link = ScriptedLink({one.id: [0] * 100}, TARGET.vocab_size, 0.0)
+    tally = run(tiny_engine(TARGET, tiny_drafter(TARGET), link=link), [one])
+    assert tally.drafted == 0
+    assert len(tally.tokens["a"]) == 60
+
+
+def test_nothing_is_drafted_for_those_who_do_not_want_it() -> None:
+    tally = run(
+        tiny_engine(TARGET, tiny_drafter(TARGET)), [request("a", speculate=False), request("b")]
+    )
+    drafted = {name: sum(r.drafted for r in tally.results if r.request_id == name) for name in "ab"}
+    assert drafted["a"] == 0
+    assert drafted["b"] > 0
+
+
+def blocks_of(link: RecordingLink, **config: object) -> dict[tuple[str, int], list[int]]:
+    tally = with_link(link, **config)
+    assert tally.tokens["a"] == plain(request())
+    return link.blocks
+
+
+class Away(RecordingLink):
+    """Cannot be reached from the tenth round to the twentieth."""
+
+    asked = 0
+
+    @property
+    def available(self) -> bool:
+        self.asked += 1
+        return not 10 <= self.asked < 20
+
+
+class Forgetting(RecordingLink):
+    """Loses its sessions at every tenth round."""
+
+    rounds = 0
+
+    def submit(self, works: Sequence[DraftWork]) -> None:
+        self.rounds += 1
+        if self.rounds % 10 == 0:
+            self.engine.free("a")
+        super().submit(works)
+
+
+@pytest.mark.parametrize("disturbed", [Away, Forgetting, "small pieces", "small chunks"])
+def test_blocks_depend_on_committed_text_alone(
+    disturbed: type[RecordingLink] | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features lost, resent or cut up: afterwards the very same blocks are drafted."""
+    drafter = tiny_drafter(TARGET)
+    undisturbed = blocks_of(RecordingLink(drafter))
+    kind = disturbed if isinstance(disturbed, type) else RecordingLink
+    if disturbed == "small pieces":
+        monkeypatch.setattr(verifier, "_MAX_FEATURE_ROWS", 3)
+    got = blocks_of(kind(drafter), prefill_chunk_tokens=3 if disturbed == "small chunks" else 256)
+    common = undisturbed.keys() & got.keys()
+    assert len(common) > 25
+    assert max(common)[1] > 60  # to the end, not only until the disturbance
+    assert {key: got[key] for key in common} == {key: undisturbed[key] for key in common}
+
+
+def test_an_abort_gives_everything_back() -> None:
+    link = RecordingLink(tiny_drafter(TARGET))
+    engine = tiny_engine(TARGET, tiny_drafter(TARGET), link=link, max_requests=1)
+    engine.add(request("running"))
+    engine.add(request("waiting"))
+    for _ in range(5):
+        engine.step()
+    assert link.engine.sessions == 1
+    for name in ("running", "waiting", "unknown"):
+        engine.abort(name)
+    running, waiting, free, total = engine.load
+    assert (running, waiting, free) == (0, 0, total)
+    assert link.engine.sessions == 0
+    assert not engine.has_work
+    assert engine.step() == []
+
+
+def test_a_drafting_pause_ends_even_while_prompts_keep_coming() -> None:
+    """A losing drafter is paused; steps with prompt tokens in them count towards its next try."""
+    dear = StepTimeTable((1, 8), (1, 5), ((1.0, 500.0), (1.0, 500.0)))
+    link = ScriptedLink({}, TARGET.vocab_size)
+    link.block_ms = 1000.0
+    engine = tiny_engine(
+        TARGET, tiny_drafter(TARGET), link=link, policy="adaptive", prefill_chunk_tokens=4
+    )
+    engine.table = dear
+    gate = engine._gate
+    gate.record(requests=1, committed=1, round_ms=1001.0, plain_ms=1.0)
+    while gate.open:
+        gate.record(requests=1, committed=1, round_ms=1001.0, plain_ms=1.0)
+    engine.add(request("decoding", speculate=False))
+    engine.step()
+    engine.step()
+    engine.add(Request("prompt", (1,) * 200, SamplingParams(max_tokens=1)))
+    for _ in range(20):
+        engine.step()
+        assert engine.last_report is not None
+        assert engine.last_report.prefill_tokens > 0
+    assert gate.open
+
+
 def test_a_drafter_that_forgot_is_sent_the_features_again() -> None:
     drafter = tiny_drafter(TARGET)
     draft_engine = DraftEngine(drafter, num_pages=64)
@@ -195,10 +331,11 @@ class EngineMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.link = LocalDraftLink(DraftEngine(tiny_drafter(TARGET), num_pages=24))
+        self.link = RecordingLink(tiny_drafter(TARGET), num_pages=12)  # too few: some are evicted
         self.engine = tiny_engine(
             TARGET, tiny_drafter(TARGET), link=self.link, cache_tokens=256, max_requests=4
         )
+        self.engine.table = FREE_ROWS
         self.live: set[str] = set()
         self.count = 0
 
@@ -221,26 +358,39 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.abort(name)
         self.live.discard(name)
 
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        self.link.engine.free(data.draw(st.sampled_from(sorted(self.live))))
+
     @rule(seed=st.integers(0, 1000), steps=st.integers(1, 6))
     def step(self, seed: int, steps: int) -> None:
-        import random
-
         self.engine.set_plan(random_plan(random.Random(seed)))
         for _ in range(steps):
             self.take(self.engine.step())
 
-    def take(self, results: Iterable[object]) -> None:
+    def take(self, results: Iterable[VerificationResult]) -> None:
         for result in results:
-            assert result.request_id in self.live  # type: ignore[attr-defined]
-            if result.finish_reason is not None:  # type: ignore[attr-defined]
-                self.live.discard(result.request_id)  # type: ignore[attr-defined]
+            assert result.request_id in self.live
+            assert 0 <= result.accepted <= result.verified <= result.drafted
+            if result.finish_reason is not None:
+                self.live.discard(result.request_id)
 
     @invariant()
     def pages_are_owned_once(self) -> None:
-        owned = [page for s in self.engine._running.values() for page in s.pages]
-        assert len(owned) == len(set(owned))
-        assert 0 not in owned
-        assert len(owned) + self.engine._pages.free == self.engine._pages.total
+        draft = self.link.engine
+        for pages, owners in (
+            (self.engine._pages, self.engine._running),
+            (draft._pages, draft._sessions),
+        ):
+            owned = [page for owner in owners.values() for page in owner.pages]
+            assert len(owned) == len(set(owned))
+            assert 0 not in owned
+            assert len(owned) + pages.free == pages.total
+
+    @invariant()
+    def only_live_requests_are_drafted_for(self) -> None:
+        assert self.link.engine._sessions.keys() <= self.live
 
     def teardown(self) -> None:
         while self.engine.has_work:
@@ -248,7 +398,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.live
         _, _, free, total = self.engine.load
         assert free == total == 256 // PAGE_SIZE
-        assert self.link._engine.sessions == 0
+        assert self.link.engine.sessions == 0
 
 
 TestEngine = EngineMachine.TestCase

@@ -96,10 +96,34 @@ def test_the_comparison_notices_what_is_left_out(family: str, without: dict[str,
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_rope_that_depends_on_the_batch_is_refused(rope_type: str) -> None:
+@pytest.mark.parametrize("by_layer_type", [False, True])
+def test_rope_that_depends_on_the_batch_is_refused(rope_type: str, by_layer_type: bool) -> None:
     model = hf_model()
-    model.config.rope_parameters["rope_type"] = rope_type
+    rope = {**model.config.rope_parameters, "rope_type": rope_type}
+    model.config.rope_parameters = {"full_attention": rope} if by_layer_type else rope
     with pytest.raises(CheckpointError, match=rope_type):
+        TargetModel(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "match"),
+    [
+        ("doge", "DogeAttention"),  # hands attention a mask with learnt biases in it
+        ("stablelm", "StableLmAttention"),  # does not pass our arguments on
+        ("gpt2", "final `norm`"),
+    ],
+)
+def test_families_that_pages_cannot_serve_are_refused_when_made(family: str, match: str) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        TargetModel(hf_model(family))
+
+
+def test_attention_outside_the_interface_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with attention of its own would run, and mix up the sequences of a batch."""
+    model = hf_model()
+    own = model.model.layers[1].self_attn
+    monkeypatch.setattr(own, "forward", lambda hidden_states, **_: (hidden_states, None))
+    with pytest.raises(CheckpointError, match="attention interface"):
         TargetModel(model)
 
 

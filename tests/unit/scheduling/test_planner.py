@@ -77,29 +77,30 @@ def test_appendix_a(search: Search, expected: float) -> None:
     confidence tells which token was drafted first. With 40,000 draws the estimate's standard error
     is 0.0023, so ±0.01 is missed with probability 1e-5.
     """
-    p_t, p_d = torch.tensor([0.7, 0.3]), torch.tensor([[0.5, 0.5]])
     step_ms = {1: 1 / 1.0, 2: 1 / 0.5, 3: 1 / 0.45}
-    draws = 40_000
 
-    def stream(which: Stream) -> torch.Tensor:
-        return uniform(key_tensor([draw_key(seed, which, 0) for seed in range(draws)]))
-
-    drafted = (stream(Stream.DRAFT) >= 0.5).long()
-    accept, recover = stream(Stream.ACCEPT), stream(Stream.RECOVER)
-    first = []
-    for i in range(draws):
-        second_confidence = 1.0 if drafted[i] == 0 else 0.0
-        a = survival(np.array([0.8, second_confidence], dtype=np.float32))
+    def verified(first: int) -> int:
+        a = survival(np.array([0.8, 1.0 if first == 0 else 0.0], dtype=np.float32))
         (length,) = plan_lengths([a], step_ms.__getitem__, search=search)
-        token = drafted[i : i + 1]
-        verified = min(length, 1)  # only the first token emitted is looked at
-        drafts = Drafts(
-            (verified,),
-            token[:verified],
-            torch.arange(2)[None].expand(verified, 2),
-            p_d.expand(verified, 2),
-        )
-        law = p_t.expand(verified + 1, 2)
-        (verdict,) = verify_rejection(law, drafts, accept[i : i + verified], recover[i : i + 1])
-        first.append(int(token) if verdict.accepted else verdict.next_token_id)
-    assert first.count(0) / draws == pytest.approx(expected, abs=0.01)
+        return min(length, 1)  # only the first token emitted is looked at
+
+    def draws(stream: Stream) -> torch.Tensor:
+        return uniform(key_tensor([draw_key(seed, stream, 0) for seed in range(40_000)]))
+
+    drafted = (draws(Stream.DRAFT) >= 0.5).long()
+    lengths = torch.tensor([verified(0), verified(1)])[drafted]
+    admitted = lengths > 0
+    drafts = Drafts(
+        tuple(lengths.tolist()),
+        drafted[admitted],
+        torch.arange(2).expand(int(lengths.sum()), 2),
+        torch.tensor([0.5, 0.5]).expand(int(lengths.sum()), 2),
+    )
+    p_t = torch.tensor([0.7, 0.3]).expand(int((1 + lengths).sum()), 2)
+    accept, recover = draws(Stream.ACCEPT)[admitted], draws(Stream.RECOVER)
+    verdicts = verify_rejection(p_t, drafts, accept, recover)
+    emitted = [
+        token if verdict.accepted else verdict.next_token_id
+        for token, verdict in zip(drafted.tolist(), verdicts, strict=True)
+    ]
+    assert emitted.count(0) / len(emitted) == pytest.approx(expected, abs=0.01)

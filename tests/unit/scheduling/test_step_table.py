@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,7 +41,10 @@ def test_more_tokens_never_take_less_time(requests: int, tokens: int) -> None:
     )
 )
 def test_samples_become_a_monotone_table(samples: dict[tuple[int, int], list[float]]) -> None:
-    StepTimeTable.from_samples(samples)  # refuses by itself what is not monotone
+    table = StepTimeTable.from_samples(samples)  # refuses by itself what is not monotone
+    for requests in (1, 3, 8):
+        times = [table.ms(requests, tokens) for tokens in range(requests, 10 * requests)]
+        assert all(b >= a - 1e-9 for a, b in pairwise(times))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""`dspark.LLM` from saved models: what users have on disk runs, drafts, and changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.tiny import save_models
+from transformers import AutoModelForCausalLM
+
+from dspark import LLM, SamplingParams, VerifyMode
+from dspark.config import EngineConfig
+from dspark.errors import CheckpointError, ConfigError, InvalidRequestError
+from dspark.evaluation.losslessness import GreedyReference
+
+PROMPTS = ["hello", "quick brown fox", "answer"]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    target, drafter = save_models(tmp_path_factory.mktemp("models"))
+    return str(target), str(drafter)
+
+
+def llm(folders: tuple[str, str], *, drafted: bool = True, policy: str = "fixed") -> LLM:
+    target, drafter = folders
+    engine = EngineConfig(policy=policy, max_requests=2, max_waiting=2, cache_tokens=1024)
+    return LLM(target, drafter if drafted else "none", dtype="float32", engine=engine)
+
+
+def test_answers_are_those_of_transformers(folders: tuple[str, str]) -> None:
+    model = llm(folders)
+    reference = GreedyReference(
+        AutoModelForCausalLM.from_pretrained(folders[0]), (model.tokenizer.eos_token_id,)
+    )
+    assert model.speculative
+    for prompt, got in zip(PROMPTS, model.generate(PROMPTS, GREEDY), strict=True):
+        assert got.prompt_token_ids == model.chat_prompt(prompt)
+        assert got.token_ids == reference.tokens(got.prompt_token_ids, 40)
+        assert got.text == model.tokenizer.decode(got.token_ids, skip_special_tokens=True)
+        assert got.drafted > 0
+
+
+def test_a_step_table_is_measured_only_where_it_is_used(folders: tuple[str, str]) -> None:
+    assert llm(folders).verifier.table is None
+    assert llm(folders, drafted=False, policy="adaptive").verifier.table is None
+    adaptive = llm(folders, policy="adaptive")
+    assert adaptive.verifier.table is not None
+    plain = llm(folders, drafted=False)
+    assert not plain.speculative
+    sampling = SamplingParams(max_tokens=20, mode=VerifyMode.COUPLED, seed=5)
+    got, want = adaptive.generate(PROMPTS, sampling), plain.generate(PROMPTS, sampling)
+    assert [g.token_ids for g in got] == [g.token_ids for g in want]
+
+
+def test_more_prompts_than_the_queue_holds_are_answered_in_order(folders: tuple[str, str]) -> None:
+    prompts = [[token] * 3 for token in range(2, 11)]
+    model = llm(folders, drafted=False)
+    together = model.generate(prompts, GREEDY)
+    assert [g.prompt_token_ids for g in together] == [tuple(p) for p in prompts]
+    assert together[4].token_ids == model.generate([prompts[4]], GREEDY)[0].token_ids
+
+
+def test_one_set_of_parameters_gives_each_prompt_a_seed_of_its_own(
+    folders: tuple[str, str],
+) -> None:
+    same = llm(folders, drafted=False).generate([[5, 6]] * 2, SamplingParams(max_tokens=20))
+    assert same[0].token_ids != same[1].token_ids
+
+
+def test_what_cannot_be_loaded_or_run_is_said(folders: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no drafter folder"):
+        LLM(folders[0], str(tmp_path / "missing"))
+    with pytest.raises(CheckpointError, match="drafter configuration"):
+        LLM(folders[0], str(tmp_path))
+    with pytest.raises(ConfigError, match="tokenizer"):
+        LLM(str(tmp_path / "missing"))
+    with pytest.raises(InvalidRequestError, match="more than the context"):
+        llm(folders, drafted=False).generate([[1] * 600])

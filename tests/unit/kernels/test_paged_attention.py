@@ -1,0 +1,90 @@
+"""Attention over pages against plain attention, sequence by sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dspark.kernels.reference.paged_attention import paged_attention, plan_attention
+
+HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6
+SLOTS = 400
+
+# (keys before the step, rows in it): single rows, blocks, and chunks long enough to go alone
+sequences = st.lists(
+    st.tuples(st.integers(0, 40), st.one_of(st.integers(1, 9), st.integers(15, 40))),
+    min_size=1,
+    max_size=4,
+)
+variants = st.fixed_dictionaries(
+    {},
+    optional={
+        "window": st.integers(1, 30),
+        "softcap": st.floats(0.5, 5.0),
+        "sinks": st.just(torch.tensor([0.5, -2.0, 3.0, 0.0])),
+    },
+)
+
+
+def plain(
+    query: torch.Tensor,  # [Q, H, D]
+    keys: torch.Tensor,  # [L, G, D], of which the last Q are the rows' own
+    values: torch.Tensor,  # [L, G, Dv]
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:  # [Q, H, Dv]
+    keys, values = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (keys, values))
+    scores = torch.einsum("qhd,lhd->hql", query, keys) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    rows, length = query.shape[0], keys.shape[0]
+    distance = torch.arange(length - rows, length)[:, None] - torch.arange(length)
+    seen = (distance >= 0) & (distance < (window or length))
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, rows, 1)], dim=-1)
+    return torch.einsum("hql,lhd->qhd", scores.softmax(-1)[..., :length], values)
+
+
+@given(sequences, variants, st.integers(0, 2**31))
+def test_every_sequence_is_attended_to_as_if_alone(
+    shapes: list[tuple[int, int]], options: dict[str, Any], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(sum(rows for _, rows in shapes), HEADS, WIDTH, generator=generator) * 2
+    keys = torch.randn(SLOTS, KV_HEADS, WIDTH, generator=generator)
+    values = torch.randn(SLOTS, KV_HEADS, VALUE_WIDTH, generator=generator)
+    free = torch.randperm(SLOTS, generator=generator)
+    positions, slots, want, first = [], [], [], 0
+    for before, rows in shapes:
+        own, free = free[: before + rows], free[before + rows :]
+        slots.append(own)
+        positions.append(torch.arange(before, before + rows))
+        want.append(
+            plain(query[first : first + rows], keys[own], values[own], scale=0.3, **options)
+        )
+        first += rows
+    new = torch.cat([own[before:] for own, (before, _) in zip(slots, shapes, strict=True)])
+    plan = plan_attention(torch.cat(positions), new, [rows for _, rows in shapes], slots)
+    got = paged_attention(query, keys, values, plan, scale=0.3, **options)
+    # fp32; the two sum in other orders
+    torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("option", [{"window": 3}, {"softcap": 0.5}, {"sinks": torch.ones(HEADS)}])
+def test_every_option_makes_a_difference(option: dict[str, Any]) -> None:
+    query, keys, values = torch.randn(
+        3, 9, HEADS, WIDTH, generator=torch.Generator().manual_seed(0)
+    )
+    keys, values = keys[:, :KV_HEADS], values[:, :KV_HEADS]
+    plan = plan_attention(torch.arange(9), torch.arange(9), [9], [torch.arange(9)])
+    with_it = paged_attention(query, keys, values, plan, scale=1.0, **option)
+    without = paged_attention(query, keys, values, plan, scale=1.0)
+    assert (with_it - without).abs().max() > 0.1
