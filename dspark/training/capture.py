@@ -21,13 +21,20 @@ from dspark.training.text import Conversation
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """One conversation: tokens, tapped states, and the target's law where tokens are drafted."""
+    """Some conversations end to end, T rows: tokens, tapped states, and the target's law.
+
+    The law is kept where tokens are drafted: on N rows, those of an answer that another token
+    follows.
+    """
 
     tokens: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T] in its conversation
+    conversations: torch.Tensor  # [T] which conversation
     taps: torch.Tensor  # [T, m·d_t]
-    first: int  # position of the first answer token; rows of `law` start here
-    law: TargetLaw  # of positions first .. T-2, for the token that follows each
-    choices: torch.Tensor  # [T-1-first] the target's most likely next token
+    anchors: torch.Tensor  # [N] the rows with a law
+    law_rows: torch.Tensor  # [T] index into law, -1 on other rows
+    law: TargetLaw  # [N, V_d] of the token that follows
+    choices: torch.Tensor  # [N] the target's most likely next token
 
 
 def capture(
@@ -35,11 +42,10 @@ def capture(
     conversations: Sequence[Conversation],
     draft_token_ids: torch.Tensor,  # [V_d]
     max_tokens: int,
-) -> list[Captured]:
+) -> Captured:
     """Run the target over whole conversations, cut to `max_tokens` each."""
     device = target.device
     rows = [(c.prompt + c.answer)[:max_tokens] for c in conversations]
-    firsts = [len(c.prompt) for c in conversations]
     counts = [len(r) for r in rows]
     pages = [pages_for(n) for n in counts]
     kv = PagedKVCache(sum(pages) + 1, device)
@@ -47,38 +53,26 @@ def capture(
     for need, count in zip(pages, counts, strict=True):
         slots.append(slots_of_pages(list(range(start, start + need)))[:count].to(device))
         start += need
-    positions = torch.cat([torch.arange(n, device=device) for n in counts])
-    own = torch.cat(slots)
-    offsets = [sum(counts[:i]) for i in range(len(counts))]
-    wanted = [
-        row
-        for offset, first, count in zip(offsets, firsts, counts, strict=True)
-        for row in range(offset + first, offset + count - 1)
-    ]
-    batch = TargetBatch(
-        token_ids=torch.tensor([t for r in rows for t in r], device=device),
-        positions=positions,
-        attention=plan_attention(positions, own, counts, slots),
-        logit_rows=torch.tensor(wanted, dtype=torch.int64, device=device),
-    )
-    out = target.forward(batch, kv)
+    positions = torch.cat([torch.arange(n) for n in counts])
+    of = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
+    first = torch.tensor([len(c.prompt) for c in conversations])[of]
+    last = torch.tensor(counts)[of] - 1
+    anchors = ((positions >= first) & (positions < last)).nonzero()[:, 0]
+    law_rows = torch.full_like(positions, -1)
+    law_rows[anchors] = torch.arange(len(anchors))
+    positions, anchors = positions.to(device), anchors.to(device)
+    tokens = torch.tensor([t for r in rows for t in r], device=device)
+    attention = plan_attention(positions, torch.cat(slots), counts, slots)
+    out = target.forward(TargetBatch(tokens, positions, attention, logit_rows=anchors), kv)
     assert out.taps is not None
     with torch.no_grad():
-        law = restrict(out.logits, draft_token_ids)
-        choices = out.logits.argmax(dim=-1).clone()
-        taps = out.taps.clone()  # an inference tensor cannot take part in autograd
-    captured, done = [], 0
-    for offset, first, count in zip(offsets, firsts, counts, strict=True):
-        n = max(0, count - 1 - first)
-        span = slice(done, done + n)
-        captured.append(
-            Captured(
-                tokens=batch.token_ids[offset : offset + count],
-                taps=taps[offset : offset + count],
-                first=first,
-                law=TargetLaw(law.probs[span], law.outside[span]),
-                choices=choices[span],
-            )
+        return Captured(
+            tokens,
+            positions,
+            of.to(device),
+            out.taps.clone(),  # an inference tensor cannot take part in autograd
+            anchors,
+            law_rows.to(device),
+            restrict(out.logits, draft_token_ids),
+            out.logits.argmax(dim=-1).clone(),
         )
-        done += n
-    return captured

@@ -49,7 +49,7 @@ def start(
     drafter.markov_head.markov_w1.weight.copy_(w1)
     drafter.markov_head.markov_w2.weight.copy_(w2)
     captured = capture(target, conversations[:_SAMPLE], drafter.draft_token_ids, max_tokens)
-    taps = torch.cat([one.taps for one in captured]).to(drafter.fc.weight.dtype)
+    taps = captured.taps.to(drafter.fc.weight.dtype)
     _recency_heads(drafter, drafter.feature_projection(taps).float())
 
 

@@ -1,10 +1,10 @@
-"""The drafter's forward on many anchors of one conversation at once, given the true tokens.
+"""The drafter's forward on many anchors at once, given the true tokens.
 
 Every anchor brings a block of γ rows that sees the context before its anchor and its own block,
-nothing else. One conversation is one attention problem: keys are its T feature rows and then all
-blocks, and a mask says who sees what.
+nothing else: as one session does when serving. The keys and values of the context are computed once
+for all conversations, and gathered for each anchor.
 
-Shape symbols: A anchors, γ block size, T tokens of the conversation, N = A·γ rows.
+Shape symbols: A anchors, γ block size, W context rows that a block sees, N = A·γ rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dspark.training.capture import Captured
 from dspark.training.losses import TargetLaw
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Context:
     layers: list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -41,47 +41,59 @@ class ForcedBlocks:
 def force(
     drafter: DSparkDrafter,
     captured: Captured,
-    anchors: torch.Tensor,  # [A] positions, each at or after captured.first
+    anchors: torch.Tensor,  # [A] rows of `captured`, of its `anchors`
 ) -> ForcedBlocks:
     """Teacher-forced blocks at `anchors`."""
     size, device = drafter.config.block_size, captured.tokens.device
-    length, count = len(captured.tokens), len(anchors)
     offset = torch.arange(size, device=device)
-    where = anchors[:, None] + offset  # [A, γ] position of each row; it predicts the next one
-    features = drafter.feature_projection(captured.taps)
-    context = drafter.context_kv(features[None], torch.arange(length, device=device)[None])
-    blocks = drafter.block_tokens(captured.tokens[anchors], size).view(1, -1)
+    where = anchors[:, None] + offset  # [A, γ] each row's place; it predicts the next token
     hidden = drafter.hidden(
-        blocks,
-        where.view(1, -1),
-        _Context(context),
-        _mask(anchors, length, size, drafter.config.context_window, context[0][0].dtype),
-    )[0]
-    # Row k of a block predicts position anchor+k+1 and is biased by the token at anchor+k.
-    inside = where.clamp(max=length - 1).flatten()
+        drafter.block_tokens(captured.tokens[anchors], size),
+        captured.positions[anchors][:, None] + offset,
+        *_seen_from(drafter, captured, anchors),
+    ).flatten(0, 1)
+    # Row k of a block predicts the token at anchor+k+1 and is biased by the one at anchor+k.
+    inside = where.clamp(max=len(captured.tokens) - 1).flatten()
     embedded = drafter.markov_head.embed(captured.tokens[inside])
-    rows = (inside - captured.first).clamp(max=len(captured.choices) - 1)
+    own = captured.conversations[inside].view_as(where) == captured.conversations[anchors][:, None]
+    law_rows = captured.law_rows[inside]
+    at = law_rows.clamp(min=0)
     return ForcedBlocks(
         logits=drafter.base_logits(hidden) + drafter.markov_head.bias(embedded),
         confidence_logits=drafter.confidence_head(hidden, embedded),
-        valid=(where < length - 1).flatten(),
-        law=TargetLaw(captured.law.probs[rows], captured.law.outside[rows]),
-        choices=captured.choices[rows],
-        positions=offset.repeat(count),
+        valid=own.flatten() & (law_rows >= 0) & (inside == where.flatten()),
+        law=TargetLaw(captured.law.probs[at], captured.law.outside[at]),
+        choices=captured.choices[at],
+        positions=offset.repeat(len(anchors)),
     )
 
 
-def _mask(
-    anchors: torch.Tensor, length: int, size: int, window: int, dtype: torch.dtype
-) -> torch.Tensor:  # [1, 1, N, T + N]
-    device = anchors.device
-    block = torch.arange(len(anchors), device=device).repeat_interleave(size)
-    own = anchors[block][:, None]
-    position = torch.arange(length, device=device)
-    past = position < own
-    if window:
-        past &= position >= own - window
-    same = block[:, None] == block
-    seen = torch.cat([past, same], dim=1)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=device)
-    return mask.masked_fill_(~seen, float("-inf"))[None, None]
+def _seen_from(
+    drafter: DSparkDrafter, captured: Captured, anchors: torch.Tensor
+) -> tuple[_Context, torch.Tensor]:
+    """Context keys and values [A, G, W, D] of every layer, and the mask [A, 1, γ, W + γ]."""
+    before = captured.positions[anchors]  # [A] rows of context that there are
+    width = int(before.max())
+    if drafter.config.context_window:
+        width = min(width, drafter.config.context_window)
+    back = torch.arange(width, 0, -1, device=anchors.device)
+    missing = back > before[:, None]  # [A, W]
+    rows = (anchors[:, None] - back).clamp(min=0)
+    features = drafter.feature_projection(captured.taps)
+    layers = [
+        (_gather(keys, rows), _gather(values, rows))
+        for keys, values in drafter.context_kv(features, captured.positions)
+    ]
+    size = drafter.config.block_size
+    mask = torch.zeros(
+        len(anchors), 1, size, width + size, dtype=layers[0][0].dtype, device=anchors.device
+    )
+    mask[..., :width].masked_fill_(missing[:, None, None], float("-inf"))
+    return _Context(layers), mask
+
+
+def _gather(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[G, T, D] and [A, W] to [A, G, W, D]."""
+    # index_select adds gradients up in place; plain indexing would sort them first
+    picked = states.index_select(1, rows.flatten())
+    return picked.view(len(states), *rows.shape, states.shape[-1]).transpose(0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class TrainConfig:
     steps: int = 2000
     conversations_per_step: int = 4  # captured together by one forward of the target
     updates_per_step: int = 6  # of the drafter, each on other anchors of the same conversations
-    anchors_per_conversation: int = 40  # in each update
+    anchors_per_update: int = 160
     max_tokens: int = 512
     learning_rate: float = 6e-4
     markov_lr_factor: float = 1.5  # its rows are each seen by few anchors
@@ -76,7 +76,9 @@ class Trainer:
         config: TrainConfig,
         folder: Path,
     ) -> None:
-        usable = [c for c in conversations if len(c.prompt) + 8 < config.max_tokens]
+        usable = [
+            c for c in conversations if len(c.prompt) + 8 < config.max_tokens and len(c.answer) > 8
+        ]
         if len(usable) <= 2 * _HELD_OUT:
             raise ConfigError(
                 f"{len(usable)} usable conversations are too few to train and hold out "
@@ -114,15 +116,12 @@ class Trainer:
         """Measure on the held-out conversations."""
         size = self.drafter.config.block_size
         accepted, agreed, seen = torch.zeros(size), torch.zeros(size), torch.zeros(size)
-        for conversation in self._held_out:
-            (one,) = capture(
-                self.target, [conversation], self.drafter.draft_token_ids, self.config.max_tokens
-            )
-            anchors = torch.arange(one.first, len(one.tokens) - 1, 4, device=one.tokens.device)
-            if not len(anchors):
-                continue
+        per_step = self.config.conversations_per_step
+        for first in range(0, len(self._held_out), per_step):
+            captured = self._capture(self._held_out[first : first + per_step])
+            # one anchor in four is enough to measure with
             with self._autocast:
-                blocks = force(self.drafter, one, anchors)
+                blocks = force(self.drafter, captured, captured.anchors[::4])
             ones = torch.ones(len(blocks.valid), device=blocks.logits.device)
             _, tv = draft_loss(blocks.logits, blocks.law, ones, ce_weight=0, tv_weight=1)
             hit = self.drafter.draft_token_ids[blocks.logits.argmax(dim=-1)] == blocks.choices
@@ -148,53 +147,36 @@ class Trainer:
         rng = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak_lr"] * self._schedule()
-        captured = capture(self.target, batch, self.drafter.draft_token_ids, config.max_tokens)
-        shuffled = [
-            one.first + torch.randperm(max(0, len(one.tokens) - 1 - one.first), generator=rng)
-            for one in captured
-        ]
-        losses = []
-        for update in range(config.updates_per_step):
-            start = update * config.anchors_per_conversation
-            end = start + config.anchors_per_conversation
-            losses.append(
-                self._update(
-                    [
-                        (one, anchors[start:end].to(self.target.device))
-                        for one, anchors in zip(captured, shuffled, strict=True)
-                        if len(anchors) > start
-                    ]
-                )
-            )
-        return sum(losses) / len(losses)
+        captured = self._capture(batch)
+        shuffled = captured.anchors[torch.randperm(len(captured.anchors), generator=rng)]
+        updates = shuffled.split(config.anchors_per_update)[: config.updates_per_step]
+        losses = [self._update(captured, anchors) for anchors in updates]
+        return sum(losses) / max(1, len(losses))
 
-    def _update(self, blocks_of: list[tuple[Captured, torch.Tensor]]) -> float:
+    def _capture(self, batch: Sequence[Conversation]) -> Captured:
+        return capture(self.target, batch, self.drafter.draft_token_ids, self.config.max_tokens)
+
+    def _update(self, captured: Captured, anchors: torch.Tensor) -> float:
         """One optimiser update on blocks at the given anchors; the mean loss of a row."""
         config = self.config
-        total, rows = torch.zeros((), device=self.target.device), 0.0
-        for one, anchors in blocks_of:
-            with self._autocast:
-                blocks = force(self.drafter, one, anchors)
-            decay = torch.exp(-blocks.positions.float() / config.position_decay)
-            weight = decay * blocks.valid
-            loss, tv = draft_loss(
-                blocks.logits,
-                blocks.law,
-                weight,
-                ce_weight=config.ce_weight,
-                tv_weight=config.tv_weight,
-            )
-            confidence = confidence_loss(blocks.confidence_logits, tv, weight)
-            total = total + loss + config.confidence_weight * confidence
-            rows += float(weight.sum())
-        if rows == 0.0:
-            return 0.0
-        mean = total / rows
+        with self._autocast:
+            blocks = force(self.drafter, captured, anchors)
+        weight = torch.exp(-blocks.positions / config.position_decay) * blocks.valid
+        weight /= weight.sum()
+        loss, tv = draft_loss(
+            blocks.logits,
+            blocks.law,
+            weight,
+            ce_weight=config.ce_weight,
+            tv_weight=config.tv_weight,
+        )
+        confidence = confidence_loss(blocks.confidence_logits, tv, weight)
+        total = loss + config.confidence_weight * confidence
         self._optimizer.zero_grad(set_to_none=True)
-        mean.backward()
+        total.backward()
         torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)
         self._optimizer.step()
-        return float(mean.detach())
+        return float(total.detach())
 
     def _schedule(self) -> float:
         """Linear warm-up, then cosine to zero."""

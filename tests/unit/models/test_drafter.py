@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import TAPS, hf_model, tiny_drafter, tiny_target
+from helpers.tiny import tiny_drafter, tiny_target
 from safetensors.torch import load_file, save_file
 
 from dspark.engine.drafting import DraftEngine
@@ -19,7 +19,7 @@ from dspark.models.checkpoint import (
     load_drafter,
     save_drafter,
 )
-from dspark.models.drafter import DSparkDrafter
+from dspark.models.drafter import ContextKV, DSparkDrafter
 from dspark.models.target import TargetModel
 from dspark.training.capture import Captured, capture
 from dspark.training.teacher_forcing import force
@@ -31,13 +31,13 @@ TOKENS = tuple(
 )
 
 
-def captured(target: TargetModel, drafter: DSparkDrafter, tokens: tuple[int, ...]) -> Captured:
-    conversation = Conversation(tokens[:1], tokens[1:], 1.0)
-    return capture(target, [conversation], drafter.draft_token_ids, 512)[0]
+def captured(target: TargetModel, drafter: DSparkDrafter, *texts: tuple[int, ...]) -> Captured:
+    conversations = [Conversation((), tokens, 1.0) for tokens in texts]
+    return capture(target, conversations, drafter.draft_token_ids, 512)
 
 
 def served_block(
-    drafter: DSparkDrafter, one: Captured, anchor: int, shift: int = 0
+    drafter: DSparkDrafter, one: Captured, anchor: int
 ) -> tuple[list[int], list[float]]:
     """Tokens and confidences that the draft engine gives for an anchor, in two feature chunks."""
     engine = DraftEngine(drafter, num_pages=16)
@@ -47,9 +47,9 @@ def served_block(
     half = anchor // 2
     first = DraftWork(Fence("s", 0, 0, anchor + 1), 0, features[:half], token, 0, greedy)
     rest = DraftWork(
-        Fence("s", 0, 0, anchor + 1 + shift),
+        Fence("s", 0, 0, anchor + 1),
         half,
-        features[half : anchor + shift],
+        features[half:anchor],
         token,
         4,
         greedy,
@@ -61,7 +61,7 @@ def served_block(
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("window", [0, 6])
-@pytest.mark.parametrize("anchor", [1, 2, 17, 33])
+@pytest.mark.parametrize("anchor", [0, 1, 2, 17, 33])
 def test_training_and_service_agree(family: str, window: int, anchor: int) -> None:
     """Teacher-force the block that the service drew: every greedy choice must come out again."""
     target = tiny_target(family)
@@ -75,22 +75,50 @@ def test_training_and_service_agree(family: str, window: int, anchor: int) -> No
     torch.testing.assert_close(torch.tensor(confidences), want, atol=1e-5, rtol=1e-4)
 
 
-def test_many_anchors_at_once_are_each_alone() -> None:
+@pytest.mark.parametrize("window", [0, 6])
+def test_many_anchors_of_many_conversations_are_each_alone(window: int) -> None:
     target = tiny_target()
-    drafter = tiny_drafter(target)
-    one = captured(target, drafter, TOKENS)
+    drafter = tiny_drafter(target, window=window)
+    texts = (TOKENS, TOKENS[5:19], TOKENS[::-1])
+    anchors = [(0, 4), (1, 12), (2, 20), (0, 37), (1, 0)]
+    starts = (0, len(TOKENS), len(TOKENS) + 14)
     with torch.no_grad():
-        together = force(drafter, one, torch.tensor([4, 20, 11]))
-        alone = force(drafter, one, torch.tensor([20]))
-    torch.testing.assert_close(together.logits[4:8], alone.logits, atol=1e-5, rtol=1e-4)
+        together = force(
+            drafter,
+            captured(target, drafter, *texts),
+            torch.tensor([starts[text] + anchor for text, anchor in anchors]),
+        )
+        for i, (text, anchor) in enumerate(anchors):
+            own = captured(target, drafter, texts[text])
+            alone = force(drafter, own, torch.tensor([anchor]))
+            rows = slice(4 * i, 4 * i + 4)
+            assert together.valid[rows].tolist() == alone.valid.tolist()
+            valid = alone.valid
+            for got, want in (
+                (together.logits, alone.logits),
+                (together.confidence_logits, alone.confidence_logits),
+                (together.law.probs, alone.law.probs),
+                (together.law.outside, alone.law.outside),
+            ):
+                torch.testing.assert_close(got[rows][valid], want[valid], atol=1e-5, rtol=1e-4)
 
 
-def test_the_anchors_position_matters() -> None:
+def test_a_shift_by_one_position_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Acceptance is all that suffers from it, so the agreement above has to tell."""
     target = tiny_target()
     drafter = tiny_drafter(target)
     one = captured(target, drafter, TOKENS)
-    here, there = served_block(drafter, one, 17), served_block(drafter, one, 17, shift=1)
-    assert here[1] != pytest.approx(there[1], abs=1e-4)
+    _, right = served_block(drafter, one, 17)
+    hidden = drafter.hidden
+
+    def shifted(
+        tokens: torch.Tensor, positions: torch.Tensor, context: ContextKV, mask: torch.Tensor
+    ) -> torch.Tensor:
+        return hidden(tokens, positions + 1, context, mask)
+
+    monkeypatch.setattr(drafter, "hidden", shifted)
+    _, wrong = served_block(drafter, one, 17)
+    assert wrong != pytest.approx(right, abs=1e-3)
 
 
 def test_rows_past_the_end_are_not_trained_on() -> None:
@@ -147,9 +175,37 @@ def test_a_drafter_of_another_target_is_refused(checkpoint: Path, field: str) ->
         load_drafter(checkpoint, tiny_target())
 
 
-def test_unknown_settings_are_refused(checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("dspark", "surprise", 1),
+        ("dspark", "block_size", 0),
+        ("dspark", "mask_token_id", 99),
+        ("dspark", "draft_vocab_size", 33),
+        ("dspark", "markov_rank", None),
+        ("backbone", "model_type", None),
+        ("backbone", "model_type", "no_such_model"),
+        ("backbone", "hidden_size", None),
+        ("backbone", "hidden_size", 48),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused_by_name(
+    checkpoint: Path, section: str, field: str, value: object
+) -> None:
+    """None: the field is missing."""
     config = json.loads((checkpoint / CONFIG_FILE).read_text())
-    config["dspark"]["surprise"] = 1
+    part = config["dspark"] if section == "dspark" else config
+    part[field] = value
+    if value is None:
+        del part[field]
     (checkpoint / CONFIG_FILE).write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="surprise"):
-        load_drafter(checkpoint, TargetModel(hf_model(), TAPS))
+    named = "embedding" if field == "hidden_size" and value else str(value or field)
+    with pytest.raises(CheckpointError, match=field if section == "dspark" else named):
+        load_drafter(checkpoint, tiny_target())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"dspark": 3}'])
+def test_a_folder_that_holds_no_drafter_is_refused(checkpoint: Path, content: str) -> None:
+    (checkpoint / CONFIG_FILE).write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_drafter(checkpoint, tiny_target())
