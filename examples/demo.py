@@ -22,7 +22,7 @@ from dspark.errors import DSparkError
 from dspark.pb import common_pb2
 from dspark.rpc.client import InferenceClient, chat_request
 
-PROMPT = "Explain in a few sentences why the sky is blue during the day and red at sunset."
+PROMPT = "Explain, step by step, how vaccines work."
 console = Console()
 
 
