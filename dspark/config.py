@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,13 @@ import yaml
 from dspark.errors import ConfigError
 
 T = TypeVar("T")
+
+
+def cache_folder() -> Path:
+    """For models and built operators: $DSPARK_CACHE, else $XDG_CACHE_HOME/dspark, else ~/.cache."""
+    if explicit := os.environ.get("DSPARK_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark"
 
 
 @dataclass(frozen=True, slots=True)

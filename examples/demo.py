@@ -140,8 +140,8 @@ def report(with_drafts: Run, without: Run) -> None:
     console.print(
         "both answers are the same text"
         if same
-        else "the answers differ: in bf16 a near-tie of the target can fall either way with the "
-        "shape of the batch (the lossless tests run in fp32)",
+        else "the answers differ: without the C++ operators (see `dspark doctor`) a near-tie of "
+        "the target in bf16 can fall either way with the shape of the batch",
         style="bold green" if same else "yellow",
     )
 

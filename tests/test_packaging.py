@@ -48,6 +48,11 @@ def test_the_wheel_holds_the_code(wheel: frozenset[str], folder: str) -> None:
     assert modules <= wheel
 
 
+def test_the_wheel_holds_the_operators(wheel: frozenset[str]) -> None:
+    assert files("kernels", "*.cpp")
+    assert files("kernels", "*.cpp") <= wheel
+
+
 def test_the_wheel_holds_the_types(wheel: frozenset[str]) -> None:
     assert files("pb", "*.pyi") | {"dspark/py.typed"} <= wheel
 

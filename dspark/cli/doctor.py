@@ -77,11 +77,15 @@ def _machine() -> Iterator[Finding]:
         fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         units = "with" if fast else "without"
         yield Finding(True, f"no GPU; {os.cpu_count()} CPU cores, {units} bf16 instructions")
+        from dspark.kernels.cpu import operators
+
+        how = "C++ operators" if operators.available() else "torch alone, at half the speed"
+        yield Finding(True, f"bf16 layers run on {how}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     yield Finding(
         memory >= _MEMORY_GB, f"{memory:.1f} GB of memory", f"{_MEMORY_GB:.0f} GB are needed"
     )
-    from dspark.models.builtin import cache_folder
+    from dspark.config import cache_folder
 
     folder = cache_folder()
     while not folder.exists():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import typer
 
 from dspark.cli.console import err, out, reported_errors
+from dspark.config import cache_folder
 from dspark.errors import ConfigError
-from dspark.models.builtin import BUILTIN, cache_folder, pull
+from dspark.models.builtin import BUILTIN, pull
 
 app = typer.Typer(help="Fetch the built-in target and see what is on this machine.")
 

@@ -14,8 +14,9 @@ from dspark.decoding.law import proposal_law
 from dspark.decoding.noise import Stream, draw_key, gumbel, key_tensor, uniform
 from dspark.engine.pages import PageAllocator
 from dspark.engine.sequence import pages_for, slots_of_pages
+from dspark.kernels.attention_plan import PAGE_SIZE
+from dspark.kernels.dispatch import RowStore
 from dspark.models.drafter import DSparkDrafter
-from dspark.models.kv_cache import PagedKVCache
 from dspark.types import BlockProposal, DraftWork, ResyncRequest, SamplingParams, VerifyMode
 
 CANDIDATES = 64  # K: entries of a sparse proposal law
@@ -33,15 +34,15 @@ class _Session:
 class _GatheredContext:
     """Context keys and values of a batch of sessions, padded to the longest."""
 
-    kv: PagedKVCache
+    stores: list[RowStore]
     slots: torch.Tensor  # [S, L]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch, length = self.slots.shape
-        flat = self.slots.flatten()
+        flat, store = self.slots.flatten(), self.stores[index]
         keys, values = (
             t.index_select(0, flat).view(batch, length, *t.shape[1:]).transpose(1, 2)
-            for t in self.kv.layer(index)
+            for t in (store.keys, store.values)
         )
         return keys, values
 
@@ -54,17 +55,18 @@ class DraftEngine:
         self.block_size = drafter.config.block_size
         self.dtype = drafter.norm.weight.dtype
         self.device = drafter.norm.weight.device
-        self._kv = PagedKVCache(num_pages, self.device)
         self._pages = PageAllocator(num_pages)
         self._sessions: OrderedDict[str, _Session] = OrderedDict()  # least recently used first
-        # Page 0 pads gathers; writing it also gives every layer its storage, which a block
-        # without any context (a prompt of one token) reads.
+        # Slot 0 pads gathers: nobody's, and zero.
         nobody = torch.zeros(1, dtype=torch.int64, device=self.device)
         empty = torch.zeros(1, drafter.config.hidden_size, dtype=self.dtype, device=self.device)
         with torch.inference_mode():
-            for layer, (keys, values) in enumerate(drafter.context_kv(empty, nobody)):
-                zero_k, zero_v = keys.transpose(0, 1) * 0, values.transpose(0, 1) * 0
-                self._kv.write(layer, zero_k, zero_v, nobody)
+            self._stores = [
+                RowStore(
+                    num_pages * PAGE_SIZE, keys.transpose(0, 1), values.transpose(0, 1), self.device
+                )
+                for keys, values in drafter.context_kv(empty, nobody)
+            ]
 
     @property
     def sessions(self) -> int:
@@ -121,7 +123,7 @@ class DraftEngine:
             features = work.features.to(self.device, self.dtype)
             slots = session.slots[work.feature_start : end]
             for layer, (keys, values) in enumerate(self.drafter.context_kv(features, positions)):
-                self._kv.write(layer, keys.transpose(0, 1), values.transpose(0, 1), slots)
+                self._stores[layer].write(keys.transpose(0, 1), values.transpose(0, 1), slots)
         session.length = max(session.length, end)
         return None
 
@@ -168,7 +170,7 @@ class DraftEngine:
         hidden = drafter.hidden(
             drafter.block_tokens(anchors, size),
             starts[:, None] + torch.arange(size, device=device),
-            _GatheredContext(self._kv, slots),
+            _GatheredContext(self._stores, slots),
             _block_mask(seen, slots.shape[1], size, self.dtype),
         )
         base = drafter.base_logits(hidden)

@@ -10,7 +10,7 @@ import torch
 
 from dspark.engine.judge import Judged, judge
 from dspark.engine.sequence import pages_for, slots_of_pages
-from dspark.kernels.reference.paged_attention import plan_attention
+from dspark.kernels.attention_plan import plan_attention
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
 from dspark.scheduling.step_table import StepTimeTable

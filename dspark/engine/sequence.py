@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dspark.models.kv_cache import PAGE_SIZE
+from dspark.kernels.attention_plan import PAGE_SIZE
 from dspark.types import BlockProposal, Fence, FinishReason, Request
 
 

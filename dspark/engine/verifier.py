@@ -23,9 +23,9 @@ from dspark.engine.judge import Judged, judge
 from dspark.engine.pages import PageAllocator
 from dspark.engine.sequence import Sequence, pages_for, slots_of_pages
 from dspark.errors import InvalidRequestError, OverloadedError
-from dspark.kernels.reference.paged_attention import plan_attention
+from dspark.kernels.attention_plan import PAGE_SIZE, plan_attention
 from dspark.models.drafter import FeatureProjection
-from dspark.models.kv_cache import PAGE_SIZE, PagedKVCache
+from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
 from dspark.scheduling.draft_gate import DraftGate
 from dspark.scheduling.planner import plan_lengths

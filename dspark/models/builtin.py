@@ -8,7 +8,6 @@ in the user's cache. Any other target is a local folder or a Hugging Face id.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from dspark.config import cache_folder
 from dspark.errors import ConfigError, DownloadError
 
 BUILTIN = "smollm2-135m"
@@ -27,13 +27,6 @@ _DISK_BYTES = 700_000_000  # wheel, GGUF and checkpoint side by side
 _DONE = "dspark-complete"
 
 Log = Callable[[str], None]
-
-
-def cache_folder() -> Path:
-    """Where models are kept: $DSPARK_CACHE, else $XDG_CACHE_HOME/dspark, else ~/.cache/dspark."""
-    if explicit := os.environ.get("DSPARK_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark"
 
 
 def shipped_drafter(target: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Tensors of a paged KV cache: one row a slot, a page being `PAGE_SIZE` consecutive slots.
+"""A paged KV cache: one store a layer, a page being `PAGE_SIZE` consecutive slots.
 
 Which slot belongs to whom is decided elsewhere (dspark.engine.pages). Page 0 belongs to nobody, so
 that slot 0 can pad index tables; it stays zero, since even a masked NaN would spread.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import torch
 
-PAGE_SIZE = 16  # slots
+from dspark.kernels.attention_plan import PAGE_SIZE
+from dspark.kernels.dispatch import CpuStore, KVStore, new_store
 
 
 class PagedKVCache:
     """Keys and values by layer, allocated on a layer's first write, since widths may differ."""
 
     def __init__(self, num_pages: int, device: torch.device | str = "cpu") -> None:
+        self.num_pages = num_pages
         self.num_slots = num_pages * PAGE_SIZE
         self.device = torch.device(device)
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layers: dict[int, KVStore] = {}
 
     def write(
         self,
@@ -28,17 +30,20 @@ class PagedKVCache:
     ) -> None:
         """Store rows at `slots`."""
         if layer not in self._layers:
-            self._layers[layer] = (
-                keys.new_zeros(self.num_slots, *keys.shape[1:], device=self.device),
-                values.new_zeros(self.num_slots, *values.shape[1:], device=self.device),
-            )
-        k, v = self._layers[layer]
-        k.index_copy_(0, slots, keys)
-        v.index_copy_(0, slots, values)
+            self._layers[layer] = new_store(self.num_pages, keys, values, self.device)
+        self._layers[layer].write(keys, values, slots)
 
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [slots, G, D] and values [slots, G, Dv] of a layer that has been written."""
+    def layer(self, layer: int) -> KVStore:
+        """The store of a layer that has been written."""
         return self._layers[layer]
+
+    def pages(self, layer: int, kv_heads: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value pages of a layer for the C++ operators to write themselves."""
+        store = self._layers.get(layer)
+        if store is None:
+            store = self._layers[layer] = CpuStore(self.num_pages, kv_heads, width)
+        assert isinstance(store, CpuStore)
+        return store.keys, store.values
 
     def holds(self, layer: int) -> bool:
         """Whether the layer has been written at all."""

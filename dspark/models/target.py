@@ -17,13 +17,10 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from dspark.errors import CheckpointError
-from dspark.kernels.reference.paged_attention import (
-    AttentionPlan,
-    paged_attention,
-    plan_attention,
-)
-from dspark.models.kv_cache import PAGE_SIZE, PagedKVCache
-from dspark.models.packed_linear import can_pack, pack_linears
+from dspark.kernels.attention_plan import PAGE_SIZE, AttentionPlan, plan_attention
+from dspark.models.fused import FusedDecoder
+from dspark.models.kv_cache import PagedKVCache
+from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
 
 ATTENTION_NAME = "dspark_paged"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -52,7 +49,9 @@ class TargetOutput:
 class TargetModel:
     """A causal LM over pages, with taps on chosen layers."""
 
-    def __init__(self, model: Any, tap_layer_ids: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, model: Any, tap_layer_ids: tuple[int, ...] = (), *, fused: bool = True
+    ) -> None:
         config = model.config.get_text_config()
         _refuse_unsupported(config)
         self.model = model.eval().requires_grad_(False)
@@ -67,13 +66,25 @@ class TargetModel:
         self.lm_head_weight: torch.Tensor = model.get_output_embeddings().weight
         self.final_norm_weight: torch.Tensor = _final_norm(model).weight
         self.tap_layer_ids = tap_layer_ids
+        _check_taps(tap_layer_ids, config.num_hidden_layers)
         self._tapped: dict[int, torch.Tensor] = {}
+        self._fused: FusedDecoder | None = None
+        if fused and FusedDecoder.fits(model):
+            self._fused = FusedDecoder(model)
+            self._lm_head = PackedLinear(model.get_output_embeddings(), torch.float32)
+            model.get_decoder().layers = nn.ModuleList()  # never run again: half of the memory
+            return
         _hook_taps(model, tap_layer_ids, self._tapped)
         AttentionInterface.register(ATTENTION_NAME, _attend)
         model.set_attn_implementation(ATTENTION_NAME)
         if can_pack(self.dtype, self.device):
             pack_linears(model)
         self._check_attention()
+
+    @property
+    def fused(self) -> bool:
+        """Whether the layers run on the C++ operators rather than as transformers' modules."""
+        return self._fused is not None
 
     @classmethod
     def load(
@@ -106,6 +117,16 @@ class TargetModel:
     @torch.inference_mode()
     def forward(self, batch: TargetBatch, kv: PagedKVCache) -> TargetOutput:
         """Run the rows of one step, writing their keys and values to `kv`."""
+        if self._fused is not None:
+            hidden, taps = self._fused.forward(
+                batch.token_ids,
+                batch.positions,
+                batch.attention,
+                kv,
+                batch.logit_rows,
+                self.tap_layer_ids,
+            )
+            return TargetOutput(self._lm_head(hidden), taps)
         out = self.model(
             input_ids=batch.token_ids[None],
             position_ids=batch.positions[None],
@@ -143,11 +164,8 @@ def _attend(
     if layer == module.layer_idx:
         k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
         dspark_kv.write(layer, k, v, dspark_plan.slots)
-    keys, values = dspark_kv.layer(layer)
-    out = paged_attention(
+    out = dspark_kv.layer(layer).attend(
         query[0].transpose(0, 1),
-        keys,
-        values,
         dspark_plan,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
@@ -168,18 +186,21 @@ def _kv_layer(module: Any) -> int:
 
 
 def _hook_taps(model: Any, layer_ids: tuple[int, ...], into: dict[int, torch.Tensor]) -> None:
-    layers = model.get_decoder().layers
     for i in layer_ids:
-        if not 0 <= i < len(layers) - 1:
-            raise CheckpointError(
-                f"cannot tap layer {i} of a target with {len(layers)} layers: choose from 0 to "
-                f"{len(layers) - 2} (the last layer's output is what the LM head already reads)"
-            )
 
         def keep(_module: nn.Module, _args: object, out: Any, i: int = i) -> None:
             into[i] = out[0] if isinstance(out, tuple) else out
 
-        layers[i].register_forward_hook(keep)
+        model.get_decoder().layers[i].register_forward_hook(keep)
+
+
+def _check_taps(layer_ids: tuple[int, ...], layers: int) -> None:
+    for i in layer_ids:
+        if not 0 <= i < layers - 1:
+            raise CheckpointError(
+                f"cannot tap layer {i} of a target with {layers} layers: choose from 0 to "
+                f"{layers - 2} (the last layer's output is what the LM head already reads)"
+            )
 
 
 def _final_norm(model: Any) -> Any:

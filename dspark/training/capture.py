@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from dspark.engine.sequence import pages_for, slots_of_pages
-from dspark.kernels.reference.paged_attention import plan_attention
+from dspark.kernels.attention_plan import plan_attention
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
 from dspark.training.losses import TargetLaw, restrict

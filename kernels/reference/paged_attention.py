@@ -13,11 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 
+from dspark.kernels.attention_plan import AttentionPlan
+
 _LONG_ROWS = 16
+_GROUPS = "reference groups"
 
 
 @dataclass(slots=True)
@@ -45,34 +49,25 @@ class _Group:
         return made
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionPlan:
-    """Where the rows of one step lie and what they see; made once, used by every layer."""
-
-    slots: torch.Tensor  # [T] where each row's own key and value go
-    groups: tuple[_Group, ...]
-
-
-def plan_attention(
-    positions: torch.Tensor,  # [T] int64
-    slots: torch.Tensor,  # [T] int64
-    row_counts: Sequence[int],  # Q_s
-    key_slots: Sequence[torch.Tensor],  # S × [kv_len_s] int64
-) -> AttentionPlan:
-    """Group a step's sequences by how they are best computed."""
+def _groups(plan: AttentionPlan) -> list[_Group]:
+    """A step's sequences by how they are best computed."""
+    if _GROUPS in plan.derived:
+        return cast("list[_Group]", plan.derived[_GROUPS])
+    counts = plan.row_counts
     starts, total = [], 0
-    for count in row_counts:
+    for count in counts:
         starts.append(total)
         total += count
-    short = [s for s, count in enumerate(row_counts) if count <= _LONG_ROWS]
+    short = [s for s, count in enumerate(counts) if count <= _LONG_ROWS]
     groups = [
-        _group([s], starts, row_counts, positions, key_slots)
-        for s, count in enumerate(row_counts)
+        _group([s], starts, counts, plan.positions, plan.key_slots)
+        for s, count in enumerate(counts)
         if count > _LONG_ROWS
     ]
     if short:
-        groups.append(_group(short, starts, row_counts, positions, key_slots))
-    return AttentionPlan(slots, tuple(groups))
+        groups.append(_group(short, starts, counts, plan.positions, plan.key_slots))
+    plan.derived[_GROUPS] = groups
+    return groups
 
 
 def _group(
@@ -109,7 +104,7 @@ def paged_attention(
     heads, kv_heads, width = query.shape[1], keys.shape[1], values.shape[2]
     fold = heads // kv_heads
     out = query.new_empty(query.shape[0], heads, width)
-    for group in plan.groups:
+    for group in _groups(plan):
         batch, rows = group.rows.shape
         length = group.slots.shape[1]
         flat = group.slots.flatten()

@@ -27,7 +27,7 @@ from dspark.engine import verifier
 from dspark.engine.draft_link import DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
 from dspark.errors import InvalidRequestError, OverloadedError
-from dspark.models.kv_cache import PAGE_SIZE
+from dspark.kernels.attention_plan import PAGE_SIZE
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import (
     DraftWork,

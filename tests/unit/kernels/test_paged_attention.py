@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark.kernels.reference.paged_attention import paged_attention, plan_attention
+from dspark.kernels.attention_plan import plan_attention
+from dspark.kernels.reference.paged_attention import paged_attention
 
 HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6
 SLOTS = 400

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import pytest
 
+from dspark.config import cache_folder
 from dspark.errors import ConfigError, DownloadError
-from dspark.models.builtin import BUILTIN, cache_folder, pull, resolve_target, shipped_drafter
+from dspark.models.builtin import BUILTIN, pull, resolve_target, shipped_drafter
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from helpers.tiny import TAPS, hf_model
 
 from dspark.engine.sequence import slots_of_pages
 from dspark.errors import CheckpointError
-from dspark.kernels.reference.paged_attention import plan_attention
-from dspark.models.kv_cache import PAGE_SIZE, PagedKVCache
+from dspark.kernels.attention_plan import PAGE_SIZE, plan_attention
+from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
 
 SLIDING = {"sliding_window": 12}

@@ -1,0 +1,419 @@
+// The operators of a decoder layer around its matrix products, in bf16 with fp32 arithmetic, for
+// x86-64 with AVX-512 BF16. Called through a C interface (dspark.kernels.cpu.operators), which has
+// checked every shape: nothing is checked again here.
+//
+// Every output row is a function of its own inputs alone: the order of its additions depends
+// neither on the rows beside it nor on the number of threads. Decoding a token alone and verifying
+// it in a block of drafts therefore give the same bits.
+//
+// Pages hold 16 tokens, laid out for the bf16 dot product (pairs of neighbours in a 32-bit lane):
+//   keys   [page][G][D/2][16][2]   16 tokens side by side, width in pairs
+//   values [page][G][8][D][2]      width side by side, tokens in pairs
+// Symbols: T rows, d width of the model, H query heads, G KV heads, D head width, I MLP width,
+// S sequences.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+extern "C" int dspark_supported() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr int kPage = 16;
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+inline __m512 load(const bf16* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+inline void store(bf16* p, __m512 v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+}
+
+
+// e^x to about 2 ulp; 0 below the smallest normal number, -inf included.
+inline __m512 exp512(__m512 x) {
+  const __mmask16 some = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ);
+  x = _mm512_min_ps(x, _mm512_set1_ps(88.7f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_maskz_scalef_ps(some, p, n);
+}
+
+// x[0..width) times 1/rms(x) times weight; width is a multiple of 16.
+inline void rms_norm(const bf16* x, const bf16* weight, bf16* out, int64_t width, float eps) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t i = 0; i < width; i += 16) {
+    const __m512 v = load(x + i);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const float mean = _mm512_reduce_add_ps(squares) / float(width);
+  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(mean + eps));
+  for (int64_t i = 0; i < width; i += 16)
+    store(out + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), scale), load(weight + i)));
+}
+
+inline void rotate(bf16* x, const float* cos, const float* sin, int64_t width) {
+  const int64_t half = width / 2;
+  for (int64_t i = 0; i < half; i += 16) {
+    const __m512 a = load(x + i), b = load(x + half + i);
+    const __m512 c = _mm512_loadu_ps(cos + i), s = _mm512_loadu_ps(sin + i);
+    store(x + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+    store(x + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+  }
+}
+
+inline void write_kv(const bf16* key, const bf16* value, bf16* keys, bf16* values, int64_t slot,
+                     int64_t g, int64_t G, int64_t D) {
+  const int64_t page = slot / kPage, at = slot % kPage;
+  uint32_t* k = reinterpret_cast<uint32_t*>(keys) + (page * G + g) * (D / 2) * kPage + at;
+  for (int64_t i = 0; i < D / 2; ++i) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, key + 2 * i, 4);
+    k[i * kPage] = pair;
+  }
+  bf16* v = values + ((page * G + g) * (kPage / 2) + at / 2) * D * 2 + at % 2;
+  for (int64_t i = 0; i < D; ++i) v[2 * i] = value[i];
+}
+
+constexpr int kBlocks = 4;  // vectors of 16 outputs in one group of packed weights [K/2][64][2]
+constexpr int64_t kColumns = 16 * kBlocks;
+
+struct Product {
+  const bf16 *x, *weights;  // [T, K], [⌈N/64⌉][K/2][64][2]
+  const float* bias;        // [⌈N/64⌉·64] or null
+  void* out;                // [T, N], fp32 or bf16
+  bool fp32;
+  int64_t N, K;
+};
+
+// R rows from `row` times group `g`: one accumulator for each row and vector, from the first k to the
+// last.
+template <int R>
+void multiply(const Product& p, int64_t row, int64_t g) {
+  constexpr int B = kBlocks;
+  const bf16* x = p.x + row * p.K;
+  const bf16* weights = p.weights + g * kColumns * p.K;
+  const int64_t column = g * kColumns;
+  __m512 sum[R][B];
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < B; ++b)
+      sum[r][b] = p.bias ? _mm512_loadu_ps(p.bias + column + b * 16) : _mm512_setzero_ps();
+  for (int64_t k = 0; k < p.K; k += 2, weights += B * 32) {
+    __m512bh w[B];
+    for (int b = 0; b < B; ++b) {
+      _mm_prefetch(reinterpret_cast<const char*>(weights + b * 32 + 2048), _MM_HINT_T0);
+      w[b] = (__m512bh)_mm512_loadu_si512(weights + b * 32);
+    }
+    for (int r = 0; r < R; ++r) {
+      int pair;
+      __builtin_memcpy(&pair, x + r * p.K + k, 4);
+      const __m512bh two = (__m512bh)_mm512_set1_epi32(pair);
+      for (int b = 0; b < B; ++b) sum[r][b] = _mm512_dpbf16_ps(sum[r][b], w[b], two);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < B; ++b) {
+      const int64_t left = p.N - column - b * 16;
+      if (left <= 0) break;
+      const __mmask16 kept = left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
+      const int64_t to = (row + r) * p.N + column + b * 16;
+      if (p.fp32)
+        _mm512_mask_storeu_ps(static_cast<float*>(p.out) + to, kept, sum[r][b]);
+      else
+        _mm256_mask_storeu_epi16(static_cast<bf16*>(p.out) + to, kept,
+                                 (__m256i)_mm512_cvtneps_pbh(sum[r][b]));
+    }
+}
+
+// The accumulators of 6 rows fill 24 of the 32 registers.
+void multiply_group(const Product& p, int64_t T, int64_t g) {
+  const int64_t chunks = (T + 5) / 6;  // of equal size: none is left with few rows
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t row = T * c / chunks;
+    switch (T * (c + 1) / chunks - row) {
+      case 1: multiply<1>(p, row, g); break;
+      case 2: multiply<2>(p, row, g); break;
+      case 3: multiply<3>(p, row, g); break;
+      case 4: multiply<4>(p, row, g); break;
+      case 5: multiply<5>(p, row, g); break;
+      case 6: multiply<6>(p, row, g); break;
+    }
+  }
+}
+
+struct Attention {
+  const bf16* query;  // row t, head h at query + t * query_stride + h * D
+  int64_t query_stride;
+  const bf16 *keys, *values;
+  bf16* out;                 // [T, H, D]
+  const int64_t* positions;  // [T]
+  const float* sinks;        // [H] or null
+  int64_t H, G;
+  float scale, softcap;  // softcap 0: none
+  int64_t window;        // 0: none
+};
+
+// R query rows of one sequence and one KV head: (row, head) pairs that share their keys.
+template <int D, int R>
+void attend(const Attention& a, const int32_t* pages, const int64_t* rows, const int64_t* heads,
+            int64_t g, std::vector<float>& scores, std::vector<bf16>& weights) {
+  const uint32_t* query[R];
+  int64_t low[R], high[R];
+  int64_t first = std::numeric_limits<int64_t>::max(), last = 0;
+  for (int r = 0; r < R; ++r) {
+    query[r] = reinterpret_cast<const uint32_t*>(a.query + rows[r] * a.query_stride + heads[r] * D);
+    high[r] = a.positions[rows[r]] + 1;
+    low[r] = a.window ? std::max<int64_t>(0, high[r] - a.window) : 0;
+    first = std::min(first, low[r]);
+    last = std::max(last, high[r]);
+  }
+  const int64_t begin = first / kPage, end = (last + kPage - 1) / kPage;
+  const int64_t length = (end - begin) * kPage;
+  if (int64_t(scores.size()) < R * length) {
+    scores.resize(R * length);
+    weights.resize(R * length);
+  }
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t p = begin; p < end; ++p) {
+    const bf16* k = a.keys + (int64_t(pages[p]) * a.G + g) * D * kPage;
+    __m512 dot[R];
+    for (int r = 0; r < R; ++r) dot[r] = _mm512_setzero_ps();
+    for (int i = 0; i < D / 2; ++i) {
+      const __m512bh key = (__m512bh)_mm512_loadu_si512(k + i * 2 * kPage);
+      for (int r = 0; r < R; ++r)
+        dot[r] = _mm512_dpbf16_ps(dot[r], key, (__m512bh)_mm512_set1_epi32(int(query[r][i])));
+    }
+    const __m512i key = _mm512_add_epi32(lane, _mm512_set1_epi32(int(p * kPage)));
+    for (int r = 0; r < R; ++r) {
+      __m512 s = _mm512_mul_ps(dot[r], _mm512_set1_ps(a.scale));
+      if (a.softcap > 0.0f) {  // cap · tanh(s / cap), tanh x = 1 - 2 / (e^2x + 1)
+        const __m512 two = _mm512_set1_ps(2.0f), one = _mm512_set1_ps(1.0f);
+        const __m512 e = exp512(_mm512_mul_ps(s, _mm512_set1_ps(2.0f / a.softcap)));
+        s = _mm512_mul_ps(_mm512_set1_ps(a.softcap),
+                          _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(e, one))));
+      }
+      const __mmask16 seen =
+          _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(int(low[r]))) &
+          _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32(int(high[r])));
+      s = _mm512_mask_blend_ps(seen, _mm512_set1_ps(kNothing), s);
+      _mm512_storeu_ps(scores.data() + r * length + (p - begin) * kPage, s);
+    }
+  }
+  float total[R];
+  for (int r = 0; r < R; ++r) {
+    float* s = scores.data() + r * length;
+    __m512 most = _mm512_set1_ps(kNothing);
+    for (int64_t i = 0; i < length; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(s + i));
+    float top = _mm512_reduce_max_ps(most);
+    if (a.sinks) top = std::max(top, a.sinks[heads[r]]);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < length; i += 16) {
+      const __m512 e = exp512(_mm512_sub_ps(_mm512_loadu_ps(s + i), _mm512_set1_ps(top)));
+      sum = _mm512_add_ps(sum, e);
+      store(weights.data() + r * length + i, e);
+    }
+    total[r] = _mm512_reduce_add_ps(sum);
+    if (a.sinks) total[r] += std::exp(a.sinks[heads[r]] - top);
+  }
+  __m512 out[R][D / 16];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < D / 16; ++c) out[r][c] = _mm512_setzero_ps();
+  for (int64_t p = begin; p < end; ++p) {
+    const bf16* v = a.values + (int64_t(pages[p]) * a.G + g) * D * kPage;
+    for (int j = 0; j < kPage / 2; ++j) {
+      __m512bh pair[R];
+      for (int r = 0; r < R; ++r) {
+        uint32_t two;
+        __builtin_memcpy(&two, weights.data() + r * length + (p - begin) * kPage + 2 * j, 4);
+        pair[r] = (__m512bh)_mm512_set1_epi32(int(two));
+      }
+      for (int c = 0; c < D / 16; ++c) {
+        const __m512bh value = (__m512bh)_mm512_loadu_si512(v + (j * D + c * 16) * 2);
+        for (int r = 0; r < R; ++r) out[r][c] = _mm512_dpbf16_ps(out[r][c], value, pair[r]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const __m512 scale = _mm512_set1_ps(1.0f / total[r]);
+    bf16* to = a.out + (rows[r] * a.H + heads[r]) * D;
+    for (int c = 0; c < D / 16; ++c) store(to + c * 16, _mm512_mul_ps(out[r][c], scale));
+  }
+}
+
+// Accumulators of R rows fill 24 of the 32 registers.
+template <int D>
+constexpr int kRows = std::max(1, std::min(6, 24 / (D / 16)));
+
+template <int D>
+void attend_some(const Attention& a, const int32_t* pages, const int64_t* rows,
+                 const int64_t* heads, int count, int64_t g, std::vector<float>& scores,
+                 std::vector<bf16>& weights) {
+  while (count > 0) {
+    int took = 1;
+    if (count >= 6 && kRows<D> >= 6) {
+      attend<D, std::min(6, kRows<D>)>(a, pages, rows, heads, g, scores, weights);
+      took = 6;
+    } else if (count >= 3 && kRows<D> >= 3) {
+      attend<D, std::min(3, kRows<D>)>(a, pages, rows, heads, g, scores, weights);
+      took = 3;
+    } else if (count >= 2 && kRows<D> >= 2) {
+      attend<D, std::min(2, kRows<D>)>(a, pages, rows, heads, g, scores, weights);
+      took = 2;
+    } else {
+      attend<D, 1>(a, pages, rows, heads, g, scores, weights);
+    }
+    rows += took;
+    heads += took;
+    count -= took;
+  }
+}
+
+constexpr int kTask = 12;  // (row, head) pairs that one thread takes at a time
+
+struct Task {
+  int64_t sequence, g, first, count;  // pairs first .. first + count - 1 of the sequence
+};
+
+template <int D>
+void attend_all(const Attention& a, const int64_t* row_starts, const int32_t* tables,
+                int64_t table_width, int64_t S) {
+  const int64_t fold = a.H / a.G;
+  std::vector<Task> tasks;
+  for (int64_t s = 0; s < S; ++s) {
+    const int64_t pairs = (row_starts[s + 1] - row_starts[s]) * fold;
+    for (int64_t g = 0; g < a.G; ++g)
+      for (int64_t first = 0; first < pairs; first += kTask)
+        tasks.push_back({s, g, first, std::min<int64_t>(kTask, pairs - first)});
+  }
+  const int64_t count = int64_t(tasks.size());
+#pragma omp parallel if (count > 1)
+  {
+    std::vector<float> scores;
+    std::vector<bf16> weights;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < count; ++t) {
+      const Task& task = tasks[t];
+      int64_t rows[kTask], heads[kTask];
+      for (int64_t i = 0; i < task.count; ++i) {
+        rows[i] = row_starts[task.sequence] + (task.first + i) / fold;
+        heads[i] = task.g * fold + (task.first + i) % fold;
+      }
+      attend_some<D>(a, tables + task.sequence * table_width, rows, heads, int(task.count), task.g,
+                     scores, weights);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// residual += delta (unless null), then out = rms_norm(residual) · weight.  All [T, d].
+void dspark_add_rms_norm(bf16* residual, const bf16* delta, const bf16* weight, bf16* out,
+                         int64_t T, int64_t d, float eps) {
+#pragma omp parallel for if (T * d > 16384)
+  for (int64_t t = 0; t < T; ++t) {
+    bf16* x = residual + t * d;
+    if (delta)
+      for (int64_t i = 0; i < d; i += 16)
+        store(x + i, _mm512_add_ps(load(x + i), load(delta + t * d + i)));
+    rms_norm(x, weight, out + t * d, d, eps);
+  }
+}
+
+// out = x Wᵀ + bias, from [T, K] to [T, N]: W packed as [⌈N/64⌉][K/2][64][2], zero past N.
+void dspark_linear(const bf16* x, const bf16* weights, const float* bias, void* out, int64_t fp32,
+                   int64_t T, int64_t N, int64_t K) {
+  const Product product{x, weights, bias, out, fp32 != 0, N, K};
+  const int64_t groups = (N + kColumns - 1) / kColumns;
+#pragma omp parallel for schedule(static)
+  for (int64_t g = 0; g < groups; ++g) multiply_group(product, T, g);
+}
+
+// out = silu(gate) · up, from [T, 2I] to [T, I].
+void dspark_silu_mul(const bf16* gate_up, bf16* out, int64_t T, int64_t I) {
+#pragma omp parallel for if (T * I > 16384)
+  for (int64_t t = 0; t < T; ++t) {
+    const bf16 *gate = gate_up + t * 2 * I, *up = gate + I;
+    for (int64_t i = 0; i < I; i += 16) {
+      const __m512 x = load(gate + i), one = _mm512_set1_ps(1.0f);
+      const __m512 e = exp512(_mm512_sub_ps(_mm512_setzero_ps(), x));
+      const __m512 silu = _mm512_div_ps(x, _mm512_add_ps(one, e));
+      store(out + t * I + i, _mm512_mul_ps(silu, load(up + i)));
+    }
+  }
+}
+
+// Rotates queries in place, and writes rotated keys and values to their slots. Rows of qkv are
+// [H·D | G·D | G·D]; with norm weights (else null), heads are normalised first (Qwen3).
+void dspark_rotate_write(bf16* qkv, const float* cos, const float* sin, const bf16* q_norm,
+                         const bf16* k_norm, float eps, bf16* keys, bf16* values,
+                         const int64_t* slots, int64_t T, int64_t H, int64_t G, int64_t D) {
+#pragma omp parallel for if (T > 8)
+  for (int64_t t = 0; t < T; ++t) {
+    bf16* row = qkv + t * (H + 2 * G) * D;
+    const float *c = cos + t * (D / 2), *s = sin + t * (D / 2);
+    for (int64_t h = 0; h < H + G; ++h) {
+      bf16* head = row + h * D;
+      const bf16* norm = h < H ? q_norm : k_norm;
+      if (norm) rms_norm(head, norm, head, D, eps);
+      rotate(head, c, s, D);
+    }
+    for (int64_t g = 0; g < G; ++g)
+      write_kv(row + (H + g) * D, row + (H + G + g) * D, keys, values, slots[t], g, G, D);
+  }
+}
+
+// Writes keys and values [T, G, D] to their slots.
+void dspark_write(const bf16* key, const bf16* value, bf16* keys, bf16* values,
+                  const int64_t* slots, int64_t T, int64_t G, int64_t D) {
+#pragma omp parallel for if (T > 8)
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t g = 0; g < G; ++g)
+      write_kv(key + (t * G + g) * D, value + (t * G + g) * D, keys, values, slots[t], g, G, D);
+}
+
+// Attention of T rows of S sequences over their pages; tables is [S, table_width]. Returns 0, or 1
+// for a head width that was not compiled.
+int dspark_attention(const bf16* query, int64_t query_stride, const bf16* keys, const bf16* values,
+                     bf16* out, const int64_t* positions, const int64_t* row_starts,
+                     const int32_t* tables, int64_t table_width, const float* sinks, int64_t S,
+                     int64_t H, int64_t G, int64_t D, float scale, float softcap, int64_t window) {
+  const Attention a{query, query_stride, keys, values, out, positions, sinks, H, G, scale, softcap,
+                    window};
+  switch (D) {
+    case 32: attend_all<32>(a, row_starts, tables, table_width, S); return 0;
+    case 64: attend_all<64>(a, row_starts, tables, table_width, S); return 0;
+    case 96: attend_all<96>(a, row_starts, tables, table_width, S); return 0;
+    case 128: attend_all<128>(a, row_starts, tables, table_width, S); return 0;
+    case 256: attend_all<256>(a, row_starts, tables, table_width, S); return 0;
+  }
+  return 1;
+}
+
+}  // extern "C"

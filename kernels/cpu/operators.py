@@ -1,0 +1,211 @@
+"""The C++ operators on torch tensors: shapes and types are checked here, since nothing below does.
+
+All tensors are contiguous, on the CPU, bf16 unless said. Symbols as in operators.cpp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from dspark.kernels.attention_plan import PAGE_SIZE, AttentionPlan
+from dspark.kernels.cpu.library import load
+
+LANES = 16  # widths must be multiples of it
+HEAD_WIDTHS = (32, 64, 96, 128, 256)
+
+_COLUMNS = 64
+_F, _I = ctypes.c_float, ctypes.c_int64
+
+
+def available() -> bool:
+    """Whether the operators can be had on this machine."""
+    return load() is not None
+
+
+def new_pages(num_pages: int, kv_heads: int, width: int) -> torch.Tensor:
+    """Empty pages for keys or values: [pages, G, D · PAGE_SIZE], laid out by the kernels."""
+    return torch.zeros(num_pages, kv_heads, width * PAGE_SIZE, dtype=torch.bfloat16)
+
+
+def pack_linear(weight: torch.Tensor) -> torch.Tensor:  # [N, K] -> [⌈N/64⌉, K/2, 64, 2]
+    """A weight laid out for `linear`; outputs past N are zero. K must be even."""
+    outputs, inputs = weight.shape
+    groups = -(-outputs // _COLUMNS)
+    padded = weight.new_zeros(groups * _COLUMNS, inputs)
+    padded[:outputs] = weight
+    return padded.view(groups, _COLUMNS, inputs // 2, 2).transpose(1, 2).contiguous()
+
+
+def pack_bias(bias: torch.Tensor) -> torch.Tensor:  # [N] -> [⌈N/64⌉·64] fp32
+    """A bias laid out for `linear`."""
+    return torch.nn.functional.pad(bias.float(), (0, -len(bias) % _COLUMNS))
+
+
+def linear(
+    x: torch.Tensor,  # [T, K]
+    weight: torch.Tensor,  # of pack_linear
+    bias: torch.Tensor | None,  # of pack_bias
+    outputs: int,  # N
+    dtype: torch.dtype = torch.bfloat16,  # of the result: bf16 or fp32
+) -> torch.Tensor:  # [T, N]
+    """x Wᵀ + bias."""
+    rows, inputs = x.shape
+    groups = -(-outputs // _COLUMNS)
+    _expect(x, rows, inputs, multiple=2)
+    _expect(weight, groups, inputs // 2, _COLUMNS, 2, multiple=2)
+    if bias is not None:
+        _expect(bias, groups * _COLUMNS, dtype=torch.float32)
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"linear gives bf16 or fp32, not {dtype}")
+    out = x.new_empty(rows, outputs, dtype=dtype)
+    wide = _I(dtype == torch.float32)
+    _call("dspark_linear", x, weight, bias, out, wide, _I(rows), _I(outputs), _I(inputs))
+    return out
+
+
+def add_rms_norm(
+    residual: torch.Tensor,  # [T, d], updated in place
+    delta: torch.Tensor | None,  # [T, d]
+    weight: torch.Tensor,  # [d]
+    eps: float,
+) -> torch.Tensor:  # [T, d]
+    """residual += delta; returns rms_norm(residual) · weight."""
+    rows, width = residual.shape
+    _expect(residual, rows, width)
+    _expect(weight, width)
+    if delta is not None:
+        _expect(delta, rows, width)
+    out = torch.empty_like(residual)
+    _call("dspark_add_rms_norm", residual, delta, weight, out, _I(rows), _I(width), _F(eps))
+    return out
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:  # [T, 2I] -> [T, I]
+    """silu(gate) · up."""
+    rows, double = gate_up.shape
+    _expect(gate_up, rows, double, multiple=2 * LANES)
+    out = gate_up.new_empty(rows, double // 2)
+    _call("dspark_silu_mul", gate_up, out, _I(rows), _I(double // 2))
+    return out
+
+
+def rotate_write(
+    qkv: torch.Tensor,  # [T, (H + 2G)·D], queries and keys rotated in place
+    cos: torch.Tensor,  # [T, D/2] fp32
+    sin: torch.Tensor,  # [T, D/2] fp32
+    norms: tuple[torch.Tensor, torch.Tensor] | None,  # [D] each, of queries and keys (Qwen3)
+    eps: float,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,  # [T] int64
+    heads: int,
+    width: int,
+) -> None:
+    """Rotary embedding of queries and keys; keys and values go to their slots."""
+    rows, kv_heads = len(qkv), keys.shape[1]
+    _expect(qkv, rows, (heads + 2 * kv_heads) * width)
+    _expect(cos, rows, width // 2, dtype=torch.float32)
+    _expect(sin, rows, width // 2, dtype=torch.float32)
+    _expect_pages(keys, values, kv_heads, width)
+    _expect(slots, rows, dtype=torch.int64, multiple=1)
+    q_norm, k_norm = norms if norms is not None else (None, None)
+    for norm in (q_norm, k_norm):
+        if norm is not None:
+            _expect(norm, width)
+    _call(
+        "dspark_rotate_write", qkv, cos, sin, q_norm, k_norm, _F(eps), keys, values, slots,
+        _I(rows), _I(heads), _I(kv_heads), _I(width),
+    )  # fmt: skip
+
+
+def write(
+    key: torch.Tensor,  # [T, G, D]
+    value: torch.Tensor,  # [T, G, D]
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,  # [T] int64
+) -> None:
+    """Keys and values go to their slots."""
+    rows, kv_heads, width = key.shape
+    _expect(key, rows, kv_heads, width)
+    _expect(value, rows, kv_heads, width)
+    _expect_pages(keys, values, kv_heads, width)
+    _expect(slots, rows, dtype=torch.int64, multiple=1)
+    _call("dspark_write", key, value, keys, values, slots, _I(rows), _I(kv_heads), _I(width))
+
+
+def attention(
+    query: torch.Tensor,  # [T, ≥ H·D]: each row begins with its query heads
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    plan: AttentionPlan,
+    heads: int,
+    width: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H] fp32
+) -> torch.Tensor:  # [T, H·D]
+    """softmax(scale · q kᵀ) v over each sequence's visible keys."""
+    rows, kv_heads = len(query), keys.shape[1]
+    _expect(query, rows, query.shape[1])
+    _expect_pages(keys, values, kv_heads, width)
+    _expect(plan.positions, rows, dtype=torch.int64, multiple=1)
+    if query.shape[1] < heads * width or heads % kv_heads or width not in HEAD_WIDTHS:
+        raise ValueError(
+            f"no attention for {heads} heads of {width} over {kv_heads} in rows of {query.shape[1]}"
+        )
+    if sinks is not None:
+        _expect(sinks, heads, dtype=torch.float32, multiple=1)
+    out = query.new_empty(rows, heads * width)
+    tables = plan.tables
+    _call(
+        "dspark_attention", query, _I(query.shape[1]), keys, values, out, plan.positions,
+        plan.row_starts, tables, _I(tables.shape[1]), sinks, _I(len(tables)), _I(heads),
+        _I(kv_heads), _I(width), _F(scale), _F(softcap or 0.0), _I(window or 0),
+    )  # fmt: skip
+    return out
+
+
+def _call(name: str, *arguments: Any) -> None:
+    library = load()
+    assert library is not None, "ask available() first"
+    status = getattr(library, name)(
+        *(
+            ctypes.c_void_p(None if a is None else a.data_ptr())
+            if a is None or isinstance(a, torch.Tensor)
+            else a
+            for a in arguments
+        )
+    )
+    if name == "dspark_attention" and status:
+        raise ValueError("no attention of this head width was compiled")
+
+
+def _expect(
+    tensor: torch.Tensor,
+    *shape: int,
+    dtype: torch.dtype = torch.bfloat16,
+    multiple: int = LANES,
+) -> None:
+    if (
+        tensor.shape != shape
+        or tensor.dtype != dtype
+        or tensor.device.type != "cpu"
+        or not tensor.is_contiguous()
+        or shape[-1] % multiple
+    ):
+        raise ValueError(
+            f"expected a contiguous {dtype} tensor of {shape} on the CPU, width a multiple of "
+            f"{multiple}; got {tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}, on "
+            f"{tensor.device}"
+        )
+
+
+def _expect_pages(keys: torch.Tensor, values: torch.Tensor, kv_heads: int, width: int) -> None:
+    for pages in (keys, values):
+        _expect(pages, len(keys), kv_heads, width * PAGE_SIZE)
