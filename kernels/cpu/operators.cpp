@@ -416,4 +416,47 @@ int dspark_attention(const bf16* query, int64_t query_stride, const bf16* keys, 
   return 1;
 }
 
+// One decoder layer of Llama's shape. Linear weights as in dspark_linear.
+struct DsparkLayer {
+  const bf16 *input_norm, *qkv, *q_norm, *k_norm, *out, *mlp_norm, *gate_up, *down;
+  const float *qkv_bias, *out_bias, *gate_up_bias, *down_bias;
+  bf16 *keys, *values;
+  int64_t window;
+};
+
+// What all layers of one step share. Scratch: h [T, d], qkv [T, (H+2G)·D], mixed [T, H·D],
+// gate_up [T, 2I], act [T, I].
+struct DsparkStep {
+  bf16 *x, *delta, *h, *qkv, *mixed, *gate_up, *act;  // x, delta [T, d]
+  const float *cos, *sin;                             // [T, D/2]
+  const int64_t *positions, *slots, *row_starts;
+  const int32_t* tables;
+  int64_t table_width, T, S, d, H, G, D, I;
+  float eps, scale;
+};
+
+// Runs `count` layers. x holds the residual; delta what the layer before has yet to add to it
+// (fresh: nothing), and afterwards what the last layer here has.
+int dspark_layers(const DsparkStep* step, const DsparkLayer* layers, int64_t count, int64_t fresh) {
+  const DsparkStep& s = *step;
+  for (int64_t i = 0; i < count; ++i) {
+    const DsparkLayer& l = layers[i];
+    dspark_add_rms_norm(s.x, fresh && i == 0 ? nullptr : s.delta, l.input_norm, s.h, s.T, s.d,
+                        s.eps);
+    dspark_linear(s.h, l.qkv, l.qkv_bias, s.qkv, 0, s.T, (s.H + 2 * s.G) * s.D, s.d);
+    dspark_rotate_write(s.qkv, s.cos, s.sin, l.q_norm, l.k_norm, s.eps, l.keys, l.values, s.slots,
+                        s.T, s.H, s.G, s.D);
+    if (dspark_attention(s.qkv, (s.H + 2 * s.G) * s.D, l.keys, l.values, s.mixed, s.positions,
+                         s.row_starts, s.tables, s.table_width, nullptr, s.S, s.H, s.G, s.D,
+                         s.scale, 0.0f, l.window))
+      return 1;
+    dspark_linear(s.mixed, l.out, l.out_bias, s.delta, 0, s.T, s.d, s.H * s.D);
+    dspark_add_rms_norm(s.x, s.delta, l.mlp_norm, s.h, s.T, s.d, s.eps);
+    dspark_linear(s.h, l.gate_up, l.gate_up_bias, s.gate_up, 0, s.T, 2 * s.I, s.d);
+    dspark_silu_mul(s.gate_up, s.act, s.T, s.I);
+    dspark_linear(s.act, l.down, l.down_bias, s.delta, 0, s.T, s.d, s.I);
+  }
+  return 0;
+}
+
 }  // extern "C"

@@ -6,6 +6,8 @@ All tensors are contiguous, on the CPU, bf16 unless said. Symbols as in operator
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,10 @@ LANES = 16  # widths must be multiples of it
 HEAD_WIDTHS = (32, 64, 96, 128, 256)
 
 _COLUMNS = 64
+LAYER_TENSORS = (
+    "input_norm", "qkv", "q_norm", "k_norm", "out", "mlp_norm", "gate_up", "down",
+    "qkv_bias", "out_bias", "gate_up_bias", "down_bias",
+)  # fmt: skip
 _F, _I = ctypes.c_float, ctypes.c_int64
 
 
@@ -169,6 +175,132 @@ def attention(
         _I(kv_heads), _I(width), _F(scale), _F(softcap or 0.0), _I(window or 0),
     )  # fmt: skip
     return out
+
+
+class _LayerStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (*LAYER_TENSORS, "keys", "values")),
+        ("window", _I),
+    )
+
+
+class _StepStruct(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "x", "delta", "h", "qkv", "mixed", "gate_up", "act",
+                "cos", "sin", "positions", "slots", "row_starts", "tables",
+            )
+        ),
+        *((name, _I) for name in ("table_width", "T", "S", "d", "H", "G", "D", "I")),
+        ("eps", _F),
+        ("scale", _F),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """What all layers of a decoder have in common."""
+
+    hidden: int  # d
+    intermediate: int  # I
+    heads: int  # H
+    kv_heads: int  # G
+    width: int  # D
+    eps: float
+    scale: float  # of attention scores
+
+
+class DecoderLayers:
+    """Layers of Llama's shape, ready to run one after the other without Python in between."""
+
+    def __init__(
+        self,
+        shape: DecoderShape,
+        layers: Sequence[Mapping[str, torch.Tensor | None]],  # by LAYER_TENSORS, for each layer
+        windows: Sequence[int | None],
+    ) -> None:
+        self.shape = shape
+        d, inner = shape.hidden, shape.intermediate
+        rows_in = shape.heads * shape.width
+        rows_qkv = rows_in + 2 * shape.kv_heads * shape.width
+        linears = {"qkv": (d, rows_qkv), "out": (rows_in, d), "gate_up": (d, 2 * inner),
+                   "down": (inner, d)}  # fmt: skip
+        norms = {"input_norm": d, "mlp_norm": d, "q_norm": shape.width, "k_norm": shape.width}
+        for layer in layers:
+            for name, (inputs, outputs) in linears.items():
+                groups = -(-outputs // _COLUMNS)
+                weight, bias = layer[name], layer[f"{name}_bias"]
+                assert weight is not None
+                _expect(weight, groups, inputs // 2, _COLUMNS, 2, multiple=2)
+                if bias is not None:
+                    _expect(bias, groups * _COLUMNS, dtype=torch.float32)
+            for name, size in norms.items():
+                norm = layer[name]
+                if norm is not None:
+                    _expect(norm, size)
+        self._held = layers  # the structs below point into these
+        self._structs = (_LayerStruct * len(layers))()
+        for struct, layer, window in zip(self._structs, layers, windows, strict=True):
+            for name in LAYER_TENSORS:
+                setattr(struct, name, _address(layer[name]))
+            struct.window = window or 0
+
+    def run(
+        self,
+        first: int,
+        last: int,
+        x: torch.Tensor,  # [T, d] the residual, updated in place
+        delta: torch.Tensor,  # [T, d] what is yet to be added to it, before and after
+        cos: torch.Tensor,  # [T, D/2] fp32
+        sin: torch.Tensor,  # [T, D/2] fp32
+        plan: AttentionPlan,
+        pages: Sequence[tuple[torch.Tensor, torch.Tensor]],  # keys and values of these layers
+        *,
+        fresh: bool,  # nothing is yet to be added
+    ) -> None:
+        """Run layers `first` to `last` - 1."""
+        shape, rows = self.shape, len(x)
+        _expect(x, rows, shape.hidden)
+        _expect(delta, rows, shape.hidden)
+        for table in (cos, sin):
+            _expect(table, rows, shape.width // 2, dtype=torch.float32)
+        _expect(plan.positions, rows, dtype=torch.int64, multiple=1)
+        _expect(plan.slots, rows, dtype=torch.int64, multiple=1)
+        for i, (keys, values) in zip(range(first, last), pages, strict=True):
+            _expect_pages(keys, values, shape.kv_heads, shape.width)
+            self._structs[i].keys, self._structs[i].values = keys.data_ptr(), values.data_ptr()
+        mixed = shape.heads * shape.width
+        widths = (shape.hidden, mixed + 2 * shape.kv_heads * shape.width, mixed,
+                  2 * shape.intermediate, shape.intermediate)  # fmt: skip
+        scratch = x.new_empty(rows * sum(widths)).split([rows * width for width in widths])
+        tables = plan.tables
+        tensors = (
+            x,
+            delta,
+            *scratch,
+            cos,
+            sin,
+            plan.positions,
+            plan.slots,
+            plan.row_starts,
+            tables,
+        )
+        step = _StepStruct(
+            *(tensor.data_ptr() for tensor in tensors),
+            tables.shape[1], rows, len(tables), shape.hidden, shape.heads, shape.kv_heads,
+            shape.width, shape.intermediate, shape.eps, shape.scale,
+        )  # fmt: skip
+        at = ctypes.byref(self._structs, first * ctypes.sizeof(_LayerStruct))
+        library = load()
+        assert library is not None, "ask available() first"
+        if library.dspark_layers(ctypes.byref(step), at, _I(last - first), _I(fresh)):
+            raise ValueError(f"no attention for heads of {shape.width} was compiled")
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _call(name: str, *arguments: Any) -> None:
