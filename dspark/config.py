@@ -44,12 +44,17 @@ class EngineConfig:
     max_requests: int = 32  # generated at the same time
     max_waiting: int = 256  # queued behind them; beyond, OverloadedError
     cache_tokens: int = 32768  # positions of KV cache, over all requests
-    prefill_chunk_tokens: int = 256  # prompt tokens in one step
+    prefill_chunk_tokens: int = 256  # prompt tokens in one step, at most
+    prefill_stretch: float = 3.0  # such a step may take this many times one without prompts
+    prefix_cache: bool = True  # prompts that begin alike share pages
+    check_pages: bool = False  # audit page ownership after every step; an error ends the engine
     policy: str = "adaptive"  # adaptive | fixed | off
     block_size: int = 0  # draft tokens a round; 0: the drafter's own
 
     def __post_init__(self) -> None:
         _positive(self, "max_requests", "max_waiting", "cache_tokens", "prefill_chunk_tokens")
+        if not self.prefill_stretch >= 1.0:
+            raise ConfigError(f"prefill_stretch must be at least 1; got {self.prefill_stretch}")
         if self.policy not in ("adaptive", "fixed", "off"):
             raise ConfigError(f"policy must be adaptive, fixed or off; got {self.policy!r}")
 

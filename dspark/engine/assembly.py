@@ -18,6 +18,7 @@ from dspark.errors import ConfigError
 from dspark.models.builtin import resolve_target, shipped_drafter
 from dspark.models.checkpoint import fingerprint, load_drafter, read_config
 from dspark.models.drafter import FeatureProjection
+from dspark.models.packed_linear import can_pack, pack_linears
 from dspark.models.target import TargetModel
 
 NO_DRAFTER = "none"
@@ -31,6 +32,7 @@ class LoadedTarget:
     projection: FeatureProjection | None
     drafter_fingerprint: str
     block_size: int  # 0 without a drafter
+    context_window: int  # 0: all
     eos_token_ids: tuple[int, ...]
 
 
@@ -66,11 +68,14 @@ def load_target(model: ModelConfig) -> LoadedTarget:
     if folder is not None:
         projection = load_drafter(folder, target).feature_projection
         projection.to(device=model.device, dtype=dtype).requires_grad_(False)
+        if can_pack(dtype, model.device):
+            pack_linears(projection)
     return LoadedTarget(
         target=target,
         projection=projection,
         drafter_fingerprint="" if folder is None else fingerprint(folder),
         block_size=0 if config is None else config.block_size,
+        context_window=0 if config is None else config.context_window,
         eos_token_ids=eos_token_ids(target),
     )
 
@@ -107,6 +112,7 @@ def make_verifier(
         projection=loaded.projection if speculative else None,
         link=link if speculative else None,
         block_size=loaded.block_size,
+        context_window=loaded.context_window,
         eos_token_ids=loaded.eos_token_ids,
     )
     if speculative and engine.policy == "adaptive":

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 from hashlib import sha256
 
+import numpy as np
 import torch
 
 from dspark.engine.judge import Judged, judge
-from dspark.engine.sequence import pages_for, slots_of_pages
+from dspark.engine.sequence import pages_for
 from dspark.kernels.attention_plan import plan_attention
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
@@ -75,16 +76,14 @@ def fingerprint(target: TargetModel) -> str:
 
 
 def _batch(target: TargetModel, requests: int, rows: int, context: int, pages: int) -> TargetBatch:
-    device = target.device
-    slots = [
-        slots_of_pages(list(range(1 + r * pages, 1 + (r + 1) * pages))).to(device)
-        for r in range(requests)
+    total = requests * rows
+    tables = [
+        np.arange(1 + r * pages, 1 + (r + 1) * pages, dtype=np.int32) for r in range(requests)
     ]
-    positions = torch.arange(context - rows, context, device=device).repeat(requests)
-    own = torch.cat([s[context - rows : context] for s in slots])
     return TargetBatch(
-        token_ids=torch.arange(requests * rows, device=device) % target.vocab_size,
-        positions=positions,
-        attention=plan_attention(positions, own, [rows] * requests, [s[:context] for s in slots]),
-        logit_rows=torch.arange(requests * rows, device=device),
+        token_ids=torch.arange(total, device=target.device) % target.vocab_size,
+        attention=plan_attention(
+            tables, [context - rows] * requests, [rows] * requests, target.device
+        ),
+        logit_rows=torch.arange(total, device=target.device),
     )

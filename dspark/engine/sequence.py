@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 
-from dspark.kernels.attention_plan import PAGE_SIZE
-from dspark.types import BlockProposal, Fence, FinishReason, Request
+from dspark.engine.pages import PageKey, page_keys
+from dspark.kernels.attention_plan import PAGE_SIZE, Pages
+from dspark.types import BlockProposal, Fence, FinishReason, IntArray, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -16,9 +17,9 @@ class Sequence:
 
     request: Request
     stop_token_ids: frozenset[int]
-    pages: list[int]
-    slots: torch.Tensor  # [capacity] int64: slot of each position
     tokens: list[int] = field(default_factory=list)
+    pages: Pages = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # in order
+    keys: list[PageKey] = field(default_factory=list)  # names of its full pages so far
     computed: int = 0
     round: int = 0
     sent_features: int = 0  # positions whose features the draft side has been sent
@@ -49,6 +50,33 @@ class Sequence:
         """Tokens that may still be emitted."""
         return self.request.sampling.max_tokens - self.generated
 
+    def hold(self, pages: list[int]) -> None:
+        """Take pages for the positions after those held."""
+        self.pages = np.append(self.pages, np.array(pages, dtype=np.int32))
+
+    def slots(self, start: int, end: int) -> IntArray:  # [end - start]
+        """Slots of positions start..end-1."""
+        positions = np.arange(start, end)
+        pages = self.pages[positions // PAGE_SIZE].astype(np.int64)
+        slots: IntArray = pages * PAGE_SIZE + positions % PAGE_SIZE
+        return slots
+
+    def give_up(self) -> list[int]:
+        """Let go of all pages, and of what they held; all else stays, so that it can go on."""
+        pages: list[int] = self.pages.tolist()
+        self.pages, self.keys = self.pages[:0], []
+        self.computed = 0
+        self.proposal = self.wanted_block = None
+        return pages
+
+    def full_page_keys(self) -> list[PageKey]:
+        """Names of pages that have become full since the last call."""
+        known = len(self.keys)
+        end = self.computed // PAGE_SIZE * PAGE_SIZE
+        parent = self.keys[-1] if self.keys else b""
+        self.keys += page_keys(self.tokens[known * PAGE_SIZE : end], parent)
+        return self.keys[known:]
+
     def fence(self) -> Fence:
         """Names the state that a block drafted now belongs to."""
         return Fence(self.session, self.request.epoch, self.round, len(self.tokens))
@@ -69,12 +97,6 @@ class Sequence:
                 break
         self.tokens.extend(kept)
         return tuple(kept)
-
-
-def slots_of_pages(pages: list[int]) -> torch.Tensor:
-    """Slots of the positions that the pages hold, in order: int64 [pages · PAGE_SIZE]."""
-    first = torch.tensor(pages, dtype=torch.int64)[:, None] * PAGE_SIZE
-    return (first + torch.arange(PAGE_SIZE)).flatten()
 
 
 def pages_for(tokens: int) -> int:

@@ -4,7 +4,9 @@ Each call of `step` runs every admitted request once: decoding requests with the
 admitted part of their block, new ones with the next chunk of their prompt. Only this engine commits
 tokens. Without a drafter, or while none answers, every request decodes one token a step.
 
-Pages for prompt and `max_tokens` are reserved at admission, so a running request never lacks one.
+Pages are taken as a request grows. When they run out, the request that was admitted last gives its
+pages up and waits at the head of the queue; what it had said stays said, and it goes on from there
+when there is room, its draws being named by position and round and not by time.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from dspark.config import EngineConfig
 from dspark.decoding.acceptance import Verdict
 from dspark.engine.draft_link import DraftLink
 from dspark.engine.judge import Judged, judge
-from dspark.engine.pages import PageAllocator
-from dspark.engine.sequence import Sequence, pages_for, slots_of_pages
+from dspark.engine.pages import PagePool, page_keys
+from dspark.engine.sequence import Sequence, pages_for
 from dspark.errors import InvalidRequestError, OverloadedError
 from dspark.kernels.attention_plan import PAGE_SIZE, plan_attention
 from dspark.models.drafter import FeatureProjection
@@ -72,6 +74,7 @@ class VerifierEngine:
         projection: FeatureProjection | None = None,
         link: DraftLink | None = None,
         block_size: int = 0,
+        context_window: int = 0,
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:
         if (projection is None) != (link is None):
@@ -83,16 +86,19 @@ class VerifierEngine:
         self._projection = projection
         self._link = link
         self._block_size = config.block_size or block_size
+        self._context_window = context_window  # features before it are not missed; 0: all are
         self._plan = StepPlan(policy=VerificationPolicy(config.policy))
         self._plan_until = float("inf")
         self._gate = DraftGate()
         pages = pages_for(config.cache_tokens) + 1
-        self._pages = PageAllocator(pages)
+        self._pages = PagePool(pages)
         self._kv = PagedKVCache(pages, target.device)
         self._features: torch.Tensor | None = None  # [slots, d], beside the KV pages
-        self._waiting: deque[Request] = deque()
-        self._running: dict[str, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[str, Sequence] = {}  # in order of admission
         self._steps = 0
+        self.preemptions = 0
+        self.cached_tokens = 0  # prompt tokens found in the prefix cache
         self.last_report: StepReport | None = None
 
     # -- requests ---------------------------------------------------------------------------
@@ -118,21 +124,29 @@ class VerifierEngine:
                 f"{limit}: shorten the prompt or lower max_tokens",
                 param="max_tokens",
             )
-        if request.id in self._running or any(r.id == request.id for r in self._waiting):
+        if request.id in self._running or any(s.request.id == request.id for s in self._waiting):
             raise InvalidRequestError(f"request id {request.id!r} is in use already", param="id")
         if len(self._waiting) >= self.config.max_waiting:
             raise OverloadedError(
                 f"{len(self._waiting)} requests wait already, the most that is allowed; retry later"
             )
-        self._waiting.append(request)
+        stops = frozenset(request.sampling.stop_token_ids) | frozenset(self.eos_token_ids)
+        self._waiting.append(Sequence(request, stops))
 
     def abort(self, request_id: str) -> None:
         """Drop a request and all it holds; an unknown one is nothing to do."""
-        self._waiting = deque(r for r in self._waiting if r.id != request_id)
-        sequence = self._running.get(request_id)
-        if sequence is not None:
-            sequence.finish_reason = FinishReason.ABORT
-            self._retire(sequence)
+        sequence = self._running.pop(request_id, None)
+        if sequence is None:
+            sequence = next((s for s in self._waiting if s.request.id == request_id), None)
+            if sequence is None:
+                return
+            self._waiting.remove(sequence)
+        sequence.finish_reason = FinishReason.ABORT
+        self._let_go(sequence)
+
+    def check_pages(self) -> None:
+        """RuntimeError if a page is lost, or held otherwise than the requests believe."""
+        self._pages.check(sequence.pages.tolist() for sequence in self._running.values())
 
     @property
     def has_work(self) -> bool:
@@ -160,6 +174,7 @@ class VerifierEngine:
         started = time.perf_counter()
         self._collect()
         waited_ms = (time.perf_counter() - started) * 1e3
+        self._make_room()
         turns = self._plan_turns()
         forward_started = time.perf_counter()
         judged = self._forward(turns)
@@ -169,30 +184,84 @@ class VerifierEngine:
             if not turn.emits:
                 turn.sequence.computed += turn.rows
         self._record(turns, results, step_ms, waited_ms)
+        if self.config.prefix_cache:
+            for turn in turns:
+                self._name_pages(turn.sequence)
         self._ask_for_blocks([turn.sequence for turn in turns])
         for turn in turns:
             if turn.sequence.finish_reason is not None:
-                self._retire(turn.sequence)
+                del self._running[turn.sequence.request.id]
+                self._let_go(turn.sequence)
+        if self.config.check_pages:
+            self.check_pages()
         return results
 
     def _admit(self) -> None:
-        """Start waiting requests in order while there is room for all that they may need."""
+        """Start waiting requests in order while there is room for what they say already."""
         while self._waiting and len(self._running) < self.config.max_requests:
-            request = self._waiting[0]
-            total = len(request.prompt_token_ids) + request.sampling.max_tokens
-            pages = self._pages.allocate(pages_for(total))
-            if pages is None:
+            sequence = self._waiting[0]
+            # One page for each of the others to grow into, or the newcomer would soon be preempted.
+            spare = len(self._running)
+            if self._pages.free <= spare:
                 return
+            if self.config.prefix_cache:
+                self._reuse(sequence)
+            need = pages_for(len(sequence.tokens)) - len(sequence.pages)
+            pages = self._pages.allocate(need) if self._pages.free >= need + spare else None
+            if pages is None:
+                self._pages.release(sequence.give_up())
+                return
+            sequence.hold(pages)
             self._waiting.popleft()
-            stops = frozenset(request.sampling.stop_token_ids) | frozenset(self.eos_token_ids)
-            slots = slots_of_pages(pages).to(self.target.device)
-            self._running[request.id] = Sequence(request, stops, pages, slots)
+            self._running[sequence.request.id] = sequence
+            self.cached_tokens += sequence.computed
 
-    def _retire(self, sequence: Sequence) -> None:
-        del self._running[sequence.request.id]
-        self._pages.release(sequence.pages)
+    def _reuse(self, sequence: Sequence) -> None:
+        """Begin after the pages that hold the same tokens already, features included.
+
+        The last token is always computed anew: its logits decide what follows.
+        """
+        keys = page_keys(sequence.tokens[:-1])
+        sequence.hold(self._pages.find(keys))
+        sequence.keys = keys[: len(sequence.pages)]
+        sequence.computed = len(sequence.pages) * PAGE_SIZE
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """A request is over: its pages and its draft session."""
+        self._pages.release(sequence.give_up())
         if self._link is not None:
             self._link.free([sequence.session])
+
+    def _make_room(self) -> None:
+        """Pages for all that this step may compute; the oldest requests come first."""
+        for sequence in list(self._running.values()):
+            if sequence.request.id not in self._running:
+                continue  # preempted for an older one
+            block = 0 if sequence.proposal is None else len(sequence.proposal.token_ids)
+            need = pages_for(len(sequence.tokens) + block) - len(sequence.pages)
+            while need > 0:
+                pages = self._pages.allocate(need)
+                if pages is not None:
+                    sequence.hold(pages)
+                    break
+                newest = next(reversed(self._running.values()))
+                self._preempt(newest)
+                if newest is sequence:
+                    break
+
+    def _preempt(self, sequence: Sequence) -> None:
+        del self._running[sequence.request.id]
+        self._pages.release(sequence.give_up())
+        self._waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _name_pages(self, sequence: Sequence) -> None:
+        """Let others find the pages that this one has filled."""
+        first = len(sequence.keys)
+        for page, key in zip(
+            sequence.pages[first:].tolist(), sequence.full_page_keys(), strict=False
+        ):
+            self._pages.name(page, key)
 
     def _collect(self) -> None:
         """Match proposals to the requests that want them; anything stale is dropped here."""
@@ -231,7 +300,7 @@ class VerifierEngine:
         running = list(self._running.values())
         decoding = [s for s in running if s.decoding and s.computed]
         turns: list[_Turn] = []
-        budget = self.config.prefill_chunk_tokens
+        budget = self._prefill_budget(len(decoding))
         for sequence in running:
             if sequence.decoding and sequence.computed:
                 continue
@@ -244,6 +313,16 @@ class VerifierEngine:
         lengths = self._plan_verification(decoding, prefill)
         turns += [_Turn(s, n + 1, n, True) for s, n in zip(decoding, lengths, strict=True)]
         return turns
+
+    def _prefill_budget(self, decoding: int) -> int:
+        """Prompt tokens that this step may hold: those who decode are not to stall behind them."""
+        most = self.config.prefill_chunk_tokens
+        if self.table is None or not decoding:
+            return most
+        limit = self.config.prefill_stretch * self.table.ms(decoding, decoding)
+        while most > PAGE_SIZE and self.table.ms(decoding, decoding + most) > limit:
+            most //= 2
+        return most
 
     def _plan_verification(self, decoding: list[Sequence], prefill: int) -> list[int]:
         plan = self._current_plan()
@@ -277,34 +356,29 @@ class VerifierEngine:
     def _forward(self, turns: list[_Turn]) -> dict[int, Verdict]:
         """One flattened forward; the verdict of each turn that emits, by its index."""
         tokens: list[int] = []
-        positions: list[int] = []
         logit_rows: list[int] = []
-        slots, key_slots = [], []
         for turn in turns:
             sequence, start = turn.sequence, turn.sequence.computed
-            end = start + turn.rows
-            tokens += sequence.tokens[start : end - turn.verified]
+            tokens += sequence.tokens[start : start + turn.rows - turn.verified]
             if turn.verified:
                 assert sequence.proposal is not None
                 tokens += sequence.proposal.token_ids[: turn.verified].tolist()
-            positions += range(start, end)
-            slots.append(sequence.slots[start:end])
-            key_slots.append(sequence.slots[:end])
             logit_rows += range(len(tokens) - turn.logit_rows, len(tokens))
         device = self.target.device
-        position_tensor = torch.tensor(positions, device=device)
-        slot_tensor = torch.cat(slots)
+        plan = plan_attention(
+            [turn.sequence.pages for turn in turns],
+            [turn.sequence.computed for turn in turns],
+            [turn.rows for turn in turns],
+            device,
+        )
         batch = TargetBatch(
             token_ids=torch.tensor(tokens, device=device),
-            positions=position_tensor,
-            attention=plan_attention(
-                position_tensor, slot_tensor, [turn.rows for turn in turns], key_slots
-            ),
+            attention=plan,
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
         )
         out = self.target.forward(batch, self._kv)
         if self._projection is not None and out.taps is not None:
-            self._keep_features(out.taps, slot_tensor)
+            self._keep_features(out.taps, plan.slots)
         emitting = [i for i, turn in enumerate(turns) if turn.emits]
         judged = [
             Judged(turns[i].sequence.request, turns[i].sequence.fence(),
@@ -361,6 +435,8 @@ class VerifierEngine:
         fence = sequence.fence()
         works = []
         start = sequence.sent_features
+        if self._context_window:
+            start = max(start, sequence.computed - self._context_window)
         while True:
             end = min(start + _MAX_FEATURE_ROWS, sequence.computed)
             last = end == sequence.computed
@@ -368,7 +444,7 @@ class VerifierEngine:
                 DraftWork(
                     fence=fence,
                     feature_start=start,
-                    features=self._features[sequence.slots[start:end]],
+                    features=self._features[torch.from_numpy(sequence.slots(start, end))],
                     anchor_token_id=sequence.tokens[-1],
                     block_size=size if last else 0,
                     sampling=sequence.request.sampling,

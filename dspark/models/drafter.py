@@ -25,7 +25,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from dspark.errors import CheckpointError
-from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +140,7 @@ class FeatureProjection(nn.Module):
 
 
 class DSparkDrafter(nn.Module):
-    """The network alone; sessions and sampling are dspark.engine.drafting's."""
+    """The network alone, as it is trained; dspark.models.draft_forward runs it when serving."""
 
     embed_weight: torch.Tensor  # [V, d] the target's, frozen
     head_weight: torch.Tensor  # [V_d, d] the target's rows of the draft vocabulary, frozen
@@ -178,7 +177,6 @@ class DSparkDrafter(nn.Module):
             "head_weight", lm_head_weight.detach()[draft_token_ids].contiguous(), persistent=False
         )
         self.register_buffer("draft_token_ids", draft_token_ids, persistent=False)
-        self._packed_head: PackedLinear | None = None
 
     @property
     def feature_projection(self) -> FeatureProjection:
@@ -216,6 +214,7 @@ class DSparkDrafter(nn.Module):
         mask: torch.Tensor,  # [S, 1, Q, L + Q] additive, in the weights' dtype
     ) -> torch.Tensor:  # [S, Q, d]
         """Backbone hidden states h, final norm applied."""
+        self.use_attention("sdpa")
         x = F.embedding(token_ids, self.embed_weight).to(self.norm.weight.dtype)
         embeddings = self.rotary_emb(x, positions)
         cache = _InjectedContext(context)
@@ -230,6 +229,11 @@ class DSparkDrafter(nn.Module):
         out: torch.Tensor = self.norm(x)
         return out
 
+    def use_attention(self, name: str) -> None:
+        """Choose the attention that the layers' next call goes through (transformers' names)."""
+        for layer in self.layers:
+            layer.self_attn.config._attn_implementation = name
+
     def block_tokens(self, anchors: torch.Tensor, block_size: int) -> torch.Tensor:
         """[S] anchors to [S, γ]: the anchor, then masks."""
         block = anchors.new_full((*anchors.shape, block_size), self.config.mask_token_id)
@@ -238,21 +242,11 @@ class DSparkDrafter(nn.Module):
 
     def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [..., d] -> [..., V_d]
         """U: the target's LM head on the draft vocabulary."""
-        if self._packed_head is not None:
-            out: torch.Tensor = self._packed_head(hidden)
-            return out
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
     def for_inference(self, dtype: torch.dtype, device: str = "cpu") -> DSparkDrafter:
-        """Freeze, cast and pack, in place; returns itself."""
-        self.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        if can_pack(dtype, device):
-            head = nn.Linear(self.config.hidden_size, self.config.draft_vocab_size, bias=False)
-            head.weight = nn.Parameter(self.head_weight, requires_grad=False)
-            self._packed_head = PackedLinear(head)
-            pack_linears(self.layers)
-            pack_linears(self.markov_head)
-        return self
+        """Freeze and cast, in place; returns itself."""
+        return self.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 def _backbone(config: DrafterConfig) -> Any:

@@ -26,18 +26,14 @@ from dspark.models.packed_linear import can_pack
 _FAMILIES = {"llama", "qwen2", "qwen3", "mistral"}
 
 
-class FusedDecoder:
-    """A decoder's layers and final norm, in bf16 on the CPU."""
+class FusedLayers:
+    """Decoder layers of one shape, in bf16 on the CPU."""
 
-    def __init__(self, model: Any) -> None:
-        config = model.config.get_text_config()
-        decoder = model.get_decoder()
-        attention = decoder.layers[0].self_attn
-        self._embedding: torch.Tensor = decoder.embed_tokens.weight
-        self._final_norm: torch.Tensor = decoder.norm.weight
-        self._frequencies = decoder.rotary_emb.inv_freq.float()
-        self._rope_scale: float = decoder.rotary_emb.attention_scaling
-        self._shape = operators.DecoderShape(
+    def __init__(self, config: Any, layers: Any, rotary: Any) -> None:
+        attention = layers[0].self_attn
+        self._frequencies = rotary.inv_freq.float()
+        self._rope_scale: float = rotary.attention_scaling
+        self.shape = operators.DecoderShape(
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
             heads=config.num_attention_heads,
@@ -46,57 +42,101 @@ class FusedDecoder:
             eps=config.rms_norm_eps,
             scale=attention.scaling,
         )
-        self._count = len(decoder.layers)
+        self._count = len(layers)
         self._layers = operators.DecoderLayers(
-            self._shape,
-            [_tensors(layer) for layer in decoder.layers],
+            self.shape,
+            [_tensors(layer) for layer in layers],
             [_window(config, i) for i in range(self._count)],
+        )
+
+    def __len__(self) -> int:
+        return self._count
+
+    @staticmethod
+    def fits(
+        config: Any, layers: Any, rotary: Any, dtype: torch.dtype, device: torch.device
+    ) -> bool:
+        """Whether this loop computes what the layers' own modules do."""
+        if config.model_type not in _FAMILIES or not can_pack(dtype, device):
+            return False
+        width = layers[0].self_attn.head_dim
+        multiples = (config.hidden_size, config.intermediate_size)
+        return (
+            has_cpu_operators(dtype, device, width)
+            and config.hidden_act == "silu"
+            and all(size % operators.LANES == 0 for size in multiples)
+            and len(rotary.inv_freq) == width // 2
+        )
+
+    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [T, D/2] of positions [T]."""
+        angles = positions.float()[:, None] * self._frequencies
+        return angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
+
+    def run(
+        self,
+        first: int,
+        last: int,
+        x: torch.Tensor,  # [T, d] the residual, updated in place
+        delta: torch.Tensor,  # [T, d] what is yet to be added to it, before and after
+        cos: torch.Tensor,  # [T, D/2]
+        sin: torch.Tensor,  # [T, D/2]
+        plan: AttentionPlan,
+        kv: PagedKVCache,
+        *,
+        fresh: bool,  # nothing is yet to be added
+    ) -> None:
+        """Run layers `first` to `last` - 1."""
+        shape = self.shape
+        pages = [kv.pages(i, shape.kv_heads, shape.width) for i in range(first, last)]
+        self._layers.run(first, last, x, delta, cos, sin, plan, pages, fresh=fresh)
+
+
+class FusedDecoder:
+    """A decoder's layers and final norm."""
+
+    def __init__(self, model: Any) -> None:
+        decoder = model.get_decoder()
+        self._embedding: torch.Tensor = decoder.embed_tokens.weight
+        self._final_norm: torch.Tensor = decoder.norm.weight
+        self._layers = FusedLayers(
+            model.config.get_text_config(), decoder.layers, decoder.rotary_emb
         )
 
     @staticmethod
     def fits(model: Any) -> bool:
         """Whether this loop computes what the model's own modules do."""
-        config = model.config.get_text_config()
-        if config.model_type not in _FAMILIES or not can_pack(model.dtype, model.device):
-            return False
-        attention = model.get_decoder().layers[0].self_attn
-        width = attention.head_dim
-        multiples = (config.hidden_size, config.intermediate_size)
-        return (
-            has_cpu_operators(model.dtype, model.device, width)
-            and config.hidden_act == "silu"
-            and all(size % operators.LANES == 0 for size in multiples)
-            and len(model.get_decoder().rotary_emb.inv_freq) == width // 2
+        config, decoder = model.config.get_text_config(), model.get_decoder()
+        # Other families' decoders need not even have the parts that are looked at below.
+        return config.model_type in _FAMILIES and FusedLayers.fits(
+            config, decoder.layers, decoder.rotary_emb, model.dtype, model.device
         )
 
     def forward(
         self,
         token_ids: torch.Tensor,  # [T]
-        positions: torch.Tensor,  # [T]
         plan: AttentionPlan,
         kv: PagedKVCache,
         logit_rows: torch.Tensor,  # [N]
         tap_layer_ids: tuple[int, ...],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Normed hidden states [N, d] of the logit rows, and taps [T, m·d] side by side."""
-        shape = self._shape
         x = F.embedding(token_ids, self._embedding)
         delta = torch.empty_like(x)
-        angles = positions.float()[:, None] * self._frequencies
-        cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
+        cos, sin = self._layers.rotary(plan.positions)
         taps: dict[int, torch.Tensor] = {}
-        first = 0
-        for end in sorted({*(i + 1 for i in tap_layer_ids), self._count}):
-            pages = [kv.pages(i, shape.kv_heads, shape.width) for i in range(first, end)]
+        first, count = 0, len(self._layers)
+        for end in sorted({*(i + 1 for i in tap_layer_ids), count}):
             fresh = first == 0 or first - 1 in taps
-            self._layers.run(first, end, x, delta, cos, sin, plan, pages, fresh=fresh)
+            self._layers.run(first, end, x, delta, cos, sin, plan, kv, fresh=fresh)
             if end - 1 in tap_layer_ids:
                 x += delta
                 taps[end - 1] = x.clone()
             first = end
-        hidden = operators.add_rms_norm(
-            x[logit_rows], delta[logit_rows], self._final_norm, shape.eps
-        )
+        eps = self._layers.shape.eps
+        if len(logit_rows) < len(x):
+            x, delta = x[logit_rows], delta[logit_rows]
+        hidden = operators.add_rms_norm(x, delta, self._final_norm, eps)
         if not tap_layer_ids:
             return hidden, None
         return hidden, torch.cat([taps[i] for i in tap_layer_ids], dim=-1)

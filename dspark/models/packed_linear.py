@@ -21,17 +21,26 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, dtype: torch.dtype = torch.bfloat16) -> None:
         """`dtype`: of the result, bf16 or fp32."""
         super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.dtype = dtype
-        weight = linear.weight.detach().contiguous()
         bias = None if linear.bias is None else linear.bias.detach()
-        self._own = operators.available() and linear.in_features % 2 == 0
+        self._pack(linear.weight.detach(), bias, dtype)
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> PackedLinear:
+        """The layer of a weight [out, in] alone."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._pack(weight.detach(), None, dtype)
+        return made
+
+    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.dtype = dtype
+        self._own = operators.available() and self.in_features % 2 == 0
         if self._own:
             self.packed = operators.pack_linear(weight)
             self.bias = None if bias is None else operators.pack_bias(bias)
         else:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
             self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., out]

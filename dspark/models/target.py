@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from dspark.errors import CheckpointError
-from dspark.kernels.attention_plan import PAGE_SIZE, AttentionPlan, plan_attention
+from dspark.kernels.attention_plan import AttentionPlan, plan_attention
 from dspark.models.fused import FusedDecoder
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
@@ -33,7 +34,6 @@ class TargetBatch:
     """One step's rows, flattened over sequences. T rows, N of them with logits."""
 
     token_ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64
     attention: AttentionPlan
     logit_rows: torch.Tensor  # [N] int64
 
@@ -75,7 +75,7 @@ class TargetModel:
             model.get_decoder().layers = nn.ModuleList()  # never run again: half of the memory
             return
         _hook_taps(model, tap_layer_ids, self._tapped)
-        AttentionInterface.register(ATTENTION_NAME, _attend)
+        register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
         if can_pack(self.dtype, self.device):
             pack_linears(model)
@@ -106,9 +106,9 @@ class TargetModel:
     def _check_attention(self) -> None:
         """Run one token; CheckpointError unless every layer's attention reads our pages."""
         zero = torch.zeros(1, dtype=torch.int64, device=self.device)
-        slot = zero + PAGE_SIZE
         kv = PagedKVCache(2, self.device)
-        self.forward(TargetBatch(zero, zero, plan_attention(zero, slot, [1], [slot]), zero), kv)
+        page = np.ones(1, dtype=np.int32)
+        self.forward(TargetBatch(zero, plan_attention([page], [0], [1], self.device), zero), kv)
         borrowing = getattr(self.config, "num_kv_shared_layers", None) or 0
         own = range(self.config.num_hidden_layers - borrowing)
         if not all(kv.holds(layer) for layer in own):
@@ -120,7 +120,6 @@ class TargetModel:
         if self._fused is not None:
             hidden, taps = self._fused.forward(
                 batch.token_ids,
-                batch.positions,
                 batch.attention,
                 kv,
                 batch.logit_rows,
@@ -129,7 +128,7 @@ class TargetModel:
             return TargetOutput(self._lm_head(hidden), taps)
         out = self.model(
             input_ids=batch.token_ids[None],
-            position_ids=batch.positions[None],
+            position_ids=batch.attention.positions[None],
             use_cache=False,
             logits_to_keep=batch.logit_rows,
             dspark_plan=batch.attention,
@@ -140,6 +139,11 @@ class TargetModel:
             taps = torch.cat([self._tapped[i][0] for i in self.tap_layer_ids], dim=-1)
             self._tapped.clear()
         return TargetOutput(out.logits[0], taps)
+
+
+def register_attention() -> None:
+    """Make transformers know our attention; modules choose it by ATTENTION_NAME."""
+    AttentionInterface.register(ATTENTION_NAME, _attend)
 
 
 def _attend(

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from dspark.engine.sequence import pages_for, slots_of_pages
+from dspark.engine.sequence import pages_for
 from dspark.kernels.attention_plan import plan_attention
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
@@ -49,10 +50,8 @@ def capture(
     counts = [len(r) for r in rows]
     pages = [pages_for(n) for n in counts]
     kv = PagedKVCache(sum(pages) + 1, device)
-    slots, start = [], 1
-    for need, count in zip(pages, counts, strict=True):
-        slots.append(slots_of_pages(list(range(start, start + need)))[:count].to(device))
-        start += need
+    ends = np.cumsum(pages) + 1
+    tables = [np.arange(end - n, end, dtype=np.int32) for n, end in zip(pages, ends, strict=True)]
     positions = torch.cat([torch.arange(n) for n in counts])
     of = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
     first = torch.tensor([len(c.prompt) for c in conversations])[of]
@@ -62,8 +61,8 @@ def capture(
     law_rows[anchors] = torch.arange(len(anchors))
     positions, anchors = positions.to(device), anchors.to(device)
     tokens = torch.tensor([t for r in rows for t in r], device=device)
-    attention = plan_attention(positions, torch.cat(slots), counts, slots)
-    out = target.forward(TargetBatch(tokens, positions, attention, logit_rows=anchors), kv)
+    attention = plan_attention(tables, [0] * len(rows), counts, device)
+    out = target.forward(TargetBatch(tokens, attention, logit_rows=anchors), kv)
     assert out.taps is not None
     with torch.no_grad():
         return Captured(

@@ -17,7 +17,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
+#include <utility>
 #include <vector>
 
 extern "C" int dspark_supported() {
@@ -109,6 +111,8 @@ struct Product {
   void* out;                // [T, N], fp32 or bf16
   bool fp32;
   int64_t N, K;
+  int64_t stride;  // from one row of the result to the next
+  bool add;        // to what the result holds (fp32 only)
 };
 
 // R rows from `row` times group `g`: one accumulator for each row and vector, from the first k to the
@@ -120,9 +124,18 @@ void multiply(const Product& p, int64_t row, int64_t g) {
   const bf16* weights = p.weights + g * kColumns * p.K;
   const int64_t column = g * kColumns;
   __m512 sum[R][B];
+  __mmask16 kept[B];
+  for (int b = 0; b < B; ++b) {
+    const int64_t left = std::clamp<int64_t>(p.N - column - b * 16, 0, 16);
+    kept[b] = __mmask16((1u << left) - 1);
+  }
   for (int r = 0; r < R; ++r)
-    for (int b = 0; b < B; ++b)
-      sum[r][b] = p.bias ? _mm512_loadu_ps(p.bias + column + b * 16) : _mm512_setzero_ps();
+    for (int b = 0; b < B; ++b) {
+      const float* so_far = static_cast<const float*>(p.out) + (row + r) * p.stride + column + b * 16;
+      sum[r][b] = p.add    ? _mm512_maskz_loadu_ps(kept[b], so_far)
+                  : p.bias ? _mm512_loadu_ps(p.bias + column + b * 16)
+                           : _mm512_setzero_ps();
+    }
   for (int64_t k = 0; k < p.K; k += 2, weights += B * 32) {
     __m512bh w[B];
     for (int b = 0; b < B; ++b) {
@@ -138,14 +151,11 @@ void multiply(const Product& p, int64_t row, int64_t g) {
   }
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < B; ++b) {
-      const int64_t left = p.N - column - b * 16;
-      if (left <= 0) break;
-      const __mmask16 kept = left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
-      const int64_t to = (row + r) * p.N + column + b * 16;
+      const int64_t to = (row + r) * p.stride + column + b * 16;
       if (p.fp32)
-        _mm512_mask_storeu_ps(static_cast<float*>(p.out) + to, kept, sum[r][b]);
+        _mm512_mask_storeu_ps(static_cast<float*>(p.out) + to, kept[b], sum[r][b]);
       else
-        _mm256_mask_storeu_epi16(static_cast<bf16*>(p.out) + to, kept,
+        _mm256_mask_storeu_epi16(static_cast<bf16*>(p.out) + to, kept[b],
                                  (__m256i)_mm512_cvtneps_pbh(sum[r][b]));
     }
 }
@@ -171,7 +181,7 @@ struct Attention {
   int64_t query_stride;
   const bf16 *keys, *values;
   bf16* out;                 // [T, H, D]
-  const int64_t* positions;  // [T]
+  const int64_t* reach;      // [T] the last position that a row sees
   const float* sinks;        // [H] or null
   int64_t H, G;
   float scale, softcap;  // softcap 0: none
@@ -187,7 +197,7 @@ void attend(const Attention& a, const int32_t* pages, const int64_t* rows, const
   int64_t first = std::numeric_limits<int64_t>::max(), last = 0;
   for (int r = 0; r < R; ++r) {
     query[r] = reinterpret_cast<const uint32_t*>(a.query + rows[r] * a.query_stride + heads[r] * D);
-    high[r] = a.positions[rows[r]] + 1;
+    high[r] = a.reach[rows[r]] + 1;
     low[r] = a.window ? std::max<int64_t>(0, high[r] - a.window) : 0;
     first = std::min(first, low[r]);
     last = std::max(last, high[r]);
@@ -329,9 +339,186 @@ void attend_all(const Attention& a, const int64_t* row_starts, const int32_t* ta
   }
 }
 
+// Index of the first of the greatest of x[0..n), which lie in groups of kColumns with these maxima.
+int64_t argmax(const float* x, const float* maxima, int64_t n) {
+  const int64_t groups = (n + kColumns - 1) / kColumns;
+  const int64_t g = std::max_element(maxima, maxima + groups) - maxima;
+  int64_t i = g * kColumns;
+  while (x[i] != maxima[g] && i + 1 < n) ++i;
+  return i;
+}
+
+float group_max(const float* x, int64_t n) {
+  __m512 most = _mm512_set1_ps(kNothing);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 kept = n - i >= 16 ? 0xffff : __mmask16((1u << (n - i)) - 1);
+    most = _mm512_max_ps(most, _mm512_mask_loadu_ps(most, kept, x + i));
+  }
+  return _mm512_reduce_max_ps(most);
+}
+
+using Entry = std::pair<float, int64_t>;  // value, index
+
+inline bool before(const Entry& a, const Entry& b) {
+  return a.first > b.first || (a.first == b.first && a.second < b.second);
+}
+
+// The K greatest of x[0..n), greatest first. No group whose maximum is below the K-th greatest
+// maximum holds one of them.
+void top(const float* x, const float* maxima, int64_t n, int64_t K, std::vector<Entry>& out) {
+  const int64_t groups = (n + kColumns - 1) / kColumns;
+  float least = kNothing;
+  if (K <= groups) {
+    std::vector<float> sorted(maxima, maxima + groups);
+    std::nth_element(sorted.begin(), sorted.begin() + (K - 1), sorted.end(), std::greater<float>());
+    least = sorted[K - 1];
+  }
+  out.clear();
+  for (int64_t g = 0; g < groups; ++g) {
+    if (!(maxima[g] >= least)) continue;
+    const int64_t end = std::min(n, (g + 1) * kColumns);
+    for (int64_t i = g * kColumns; i < end; ++i)
+      if (x[i] >= least) out.emplace_back(x[i], i);
+  }
+  if (out.empty()) out.emplace_back(x[0], 0);  // nothing but NaN
+  const int64_t kept = std::min<int64_t>(K, int64_t(out.size()));
+  std::partial_sort(out.begin(), out.begin() + kept, out.end(), before);
+  out.resize(kept);
+}
+
+// The noise of dspark.decoding.noise: SplitMix64, and the centre of the cell that a word names.
+inline uint64_t mix(uint64_t word) {
+  word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9ull;
+  word = (word ^ (word >> 27)) * 0x94D049BB133111EBull;
+  return word ^ (word >> 31);
+}
+
+inline double unit(uint64_t word) { return (double(word >> 12) + 0.5) * 0x1p-52; }
+
+inline double gumbel(uint64_t key, int64_t token) {
+  return -std::log(-std::log(unit(mix(key + uint64_t(token + 1) * 0x9E3779B97F4A7C15ull))));
+}
+
 }  // namespace
 
 extern "C" {
+
+// A block's sequential head (paper §3.1, §3.2). Symbols: S sessions, B block size, V draft
+// vocabulary, r Markov rank, K candidates.
+struct DsparkBlock {
+  float* logits;                      // [S, B, V]: the head's; the Markov bias is added in place
+  const bf16* hidden;                 // [S, B, d]
+  const bf16 *w1, *w2;                // [vocabulary, r]; W2 packed as in dspark_linear
+  const bf16* confidence;             // [d + r]
+  const int64_t *vocabulary;          // [V] draft id -> target id
+  const int64_t *anchors, *rules;     // [S]; 0 greedy, 1 independent draws, 2 coupled
+  const float *temperature, *top_p;   // [S]
+  const int64_t* top_k;               // [S], 0: off
+  const uint64_t* keys;               // [S, B] of the draws
+  int64_t* tokens;                    // [S, B] out: target ids
+  float* scores;                      // [S, B] out: confidence logits
+  int64_t* candidate_ids;             // [S, B, K] out, for independent draws
+  float* candidate_probs;             // [S, B, K] out
+  int64_t S, B, V, d, r, K;
+  float confidence_bias;
+};
+
+// Position by position: bias, draw, confidence; all sessions side by side.
+void dspark_block(const DsparkBlock* block) {
+  const DsparkBlock& b = *block;
+  const int64_t groups = (b.V + kColumns - 1) / kColumns;
+  std::vector<bf16> embedded(b.S * b.r);
+  std::vector<float> maxima(b.S * groups);
+  for (int64_t k = 0; k < b.B; ++k) {
+    for (int64_t s = 0; s < b.S; ++s) {
+      const int64_t previous = k ? b.tokens[s * b.B + k - 1] : b.anchors[s];
+      const bf16* row = b.w1 + previous * b.r;
+      std::copy(row, row + b.r, embedded.data() + s * b.r);
+    }
+    const Product product{embedded.data(), b.w2, nullptr, b.logits + k * b.V, true, b.V, b.r,
+                          b.B * b.V, true};
+#pragma omp parallel for schedule(static)
+    for (int64_t g = 0; g < groups; ++g) {
+      multiply_group(product, b.S, g);
+      const int64_t column = g * kColumns, width = std::min(kColumns, b.V - column);
+      for (int64_t s = 0; s < b.S; ++s)
+        maxima[s * groups + g] = group_max(b.logits + (s * b.B + k) * b.V + column, width);
+    }
+#pragma omp parallel for schedule(static) if (b.S > 1)
+    for (int64_t s = 0; s < b.S; ++s) {
+      const int64_t at = s * b.B + k;
+      const float* logits = b.logits + at * b.V;
+      const float* most = maxima.data() + s * groups;
+      const bf16 *hidden = b.hidden + at * b.d, *from = embedded.data() + s * b.r;
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t i = 0; i < b.d; i += 16)
+        sum = _mm512_fmadd_ps(load(hidden + i), load(b.confidence + i), sum);
+      for (int64_t i = 0; i < b.r; i += 16)
+        sum = _mm512_fmadd_ps(load(from + i), load(b.confidence + b.d + i), sum);
+      b.scores[at] = _mm512_reduce_add_ps(sum) + b.confidence_bias;
+      if (b.rules[s] == 0) {
+        b.tokens[at] = b.vocabulary[argmax(logits, most, b.V)];
+        continue;
+      }
+      std::vector<Entry> best;
+      top(logits, most, b.V, b.K, best);
+      std::vector<double> probs(best.size());
+      double total = 0.0;
+      for (size_t i = 0; i < best.size(); ++i) {
+        const bool cut = b.top_k[s] > 0 && int64_t(i) >= b.top_k[s];
+        probs[i] = cut ? 0.0 : std::exp((double(best[i].first) - best[0].first) / b.temperature[s]);
+        total += probs[i];
+      }
+      double mass = 0.0, kept = 0.0;  // top-p: the smallest set whose mass reaches p
+      for (size_t i = 0; i < best.size(); ++i) {
+        const double p = probs[i] / total;
+        if (i && mass >= b.top_p[s]) probs[i] = 0.0;
+        mass += p;
+        kept += probs[i];
+      }
+      size_t chosen = 0;
+      if (b.rules[s] == 2) {
+        double highest = -std::numeric_limits<double>::infinity();
+        for (size_t i = 0; i < best.size(); ++i) {
+          if (probs[i] == 0.0) continue;
+          const double score =
+              std::log(probs[i] / kept) + gumbel(b.keys[at], b.vocabulary[best[i].second]);
+          if (score > highest) highest = score, chosen = i;
+        }
+      } else {
+        // The law is what is shipped: drawn from as it is after rounding to float.
+        float* law = b.candidate_probs + at * b.K;
+        double sum_law = 0.0;
+        for (size_t i = 0; i < best.size(); ++i) {
+          b.candidate_ids[at * b.K + i] = b.vocabulary[best[i].second];
+          law[i] = float(probs[i] / kept);
+          sum_law += law[i];
+        }
+        const double draw = unit(mix(b.keys[at])) * sum_law;
+        double below = 0.0;
+        for (size_t i = 0; i < best.size(); ++i) {
+          if (law[i] == 0.0f) continue;
+          chosen = i;
+          below += law[i];
+          if (below > draw) break;
+        }
+      }
+      b.tokens[at] = b.vocabulary[best[chosen].second];
+    }
+  }
+}
+
+// The first of the greatest of each row of x [T, V].
+void dspark_argmax(const float* x, int64_t* out, int64_t T, int64_t V) {
+  const int64_t groups = (V + kColumns - 1) / kColumns;
+#pragma omp parallel for schedule(static) if (T > 1)
+  for (int64_t t = 0; t < T; ++t) {
+    std::vector<float> maxima(groups);
+    for (int64_t g = 0; g < groups; ++g)
+      maxima[g] = group_max(x + t * V + g * kColumns, std::min(kColumns, V - g * kColumns));
+    out[t] = argmax(x + t * V, maxima.data(), V);
+  }
+}
 
 // residual += delta (unless null), then out = rms_norm(residual) · weight.  All [T, d].
 void dspark_add_rms_norm(bf16* residual, const bf16* delta, const bf16* weight, bf16* out,
@@ -349,7 +536,7 @@ void dspark_add_rms_norm(bf16* residual, const bf16* delta, const bf16* weight, 
 // out = x Wᵀ + bias, from [T, K] to [T, N]: W packed as [⌈N/64⌉][K/2][64][2], zero past N.
 void dspark_linear(const bf16* x, const bf16* weights, const float* bias, void* out, int64_t fp32,
                    int64_t T, int64_t N, int64_t K) {
-  const Product product{x, weights, bias, out, fp32 != 0, N, K};
+  const Product product{x, weights, bias, out, fp32 != 0, N, K, N, false};
   const int64_t groups = (N + kColumns - 1) / kColumns;
 #pragma omp parallel for schedule(static)
   for (int64_t g = 0; g < groups; ++g) multiply_group(product, T, g);
@@ -401,10 +588,10 @@ void dspark_write(const bf16* key, const bf16* value, bf16* keys, bf16* values,
 // Attention of T rows of S sequences over their pages; tables is [S, table_width]. Returns 0, or 1
 // for a head width that was not compiled.
 int dspark_attention(const bf16* query, int64_t query_stride, const bf16* keys, const bf16* values,
-                     bf16* out, const int64_t* positions, const int64_t* row_starts,
+                     bf16* out, const int64_t* reach, const int64_t* row_starts,
                      const int32_t* tables, int64_t table_width, const float* sinks, int64_t S,
                      int64_t H, int64_t G, int64_t D, float scale, float softcap, int64_t window) {
-  const Attention a{query, query_stride, keys, values, out, positions, sinks, H, G, scale, softcap,
+  const Attention a{query, query_stride, keys, values, out, reach, sinks, H, G, scale, softcap,
                     window};
   switch (D) {
     case 32: attend_all<32>(a, row_starts, tables, table_width, S); return 0;
@@ -429,7 +616,7 @@ struct DsparkLayer {
 struct DsparkStep {
   bf16 *x, *delta, *h, *qkv, *mixed, *gate_up, *act;  // x, delta [T, d]
   const float *cos, *sin;                             // [T, D/2]
-  const int64_t *positions, *slots, *row_starts;
+  const int64_t *reach, *slots, *row_starts;
   const int32_t* tables;
   int64_t table_width, T, S, d, H, G, D, I;
   float eps, scale;
@@ -446,7 +633,7 @@ int dspark_layers(const DsparkStep* step, const DsparkLayer* layers, int64_t cou
     dspark_linear(s.h, l.qkv, l.qkv_bias, s.qkv, 0, s.T, (s.H + 2 * s.G) * s.D, s.d);
     dspark_rotate_write(s.qkv, s.cos, s.sin, l.q_norm, l.k_norm, s.eps, l.keys, l.values, s.slots,
                         s.T, s.H, s.G, s.D);
-    if (dspark_attention(s.qkv, (s.H + 2 * s.G) * s.D, l.keys, l.values, s.mixed, s.positions,
+    if (dspark_attention(s.qkv, (s.H + 2 * s.G) * s.D, l.keys, l.values, s.mixed, s.reach,
                          s.row_starts, s.tables, s.table_width, nullptr, s.S, s.H, s.G, s.D,
                          s.scale, 0.0f, l.window))
       return 1;

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dspark.decoding.drawing import DrawnBlocks, DrawRules
 from dspark.kernels.attention_plan import PAGE_SIZE, AttentionPlan
 from dspark.kernels.cpu.library import load
 
@@ -160,7 +161,7 @@ def attention(
     rows, kv_heads = len(query), keys.shape[1]
     _expect(query, rows, query.shape[1])
     _expect_pages(keys, values, kv_heads, width)
-    _expect(plan.positions, rows, dtype=torch.int64, multiple=1)
+    _expect(plan.reach, rows, dtype=torch.int64, multiple=1)
     if query.shape[1] < heads * width or heads % kv_heads or width not in HEAD_WIDTHS:
         raise ValueError(
             f"no attention for {heads} heads of {width} over {kv_heads} in rows of {query.shape[1]}"
@@ -170,10 +171,91 @@ def attention(
     out = query.new_empty(rows, heads * width)
     tables = plan.tables
     _call(
-        "dspark_attention", query, _I(query.shape[1]), keys, values, out, plan.positions,
+        "dspark_attention", query, _I(query.shape[1]), keys, values, out, plan.reach,
         plan.row_starts, tables, _I(tables.shape[1]), sinks, _I(len(tables)), _I(heads),
-        _I(kv_heads), _I(width), _F(scale), _F(softcap or 0.0), _I(window or 0),
+        _I(kv_heads), _I(width), _F(scale), _F(softcap or 0.0), _I(plan.window or window or 0),
     )  # fmt: skip
+    return out
+
+
+def argmax(x: torch.Tensor) -> torch.Tensor:  # [T, V] fp32 -> [T] int64
+    """Index of the first of the greatest values of each row."""
+    rows, width = x.shape
+    _expect(x, rows, width, dtype=torch.float32, multiple=1)
+    out = torch.empty(rows, dtype=torch.int64)
+    _call("dspark_argmax", x, out, _I(rows), _I(width))
+    return out
+
+
+class _BlockStruct(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "logits", "hidden", "w1", "w2", "confidence", "vocabulary", "anchors", "rules",
+                "temperature", "top_p", "top_k", "keys", "tokens", "scores", "candidate_ids",
+                "candidate_probs",
+            )
+        ),
+        *((name, _I) for name in ("S", "B", "V", "d", "r", "K")),
+        ("confidence_bias", _F),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class BlockHead:
+    """The sequential head's weights."""
+
+    w1: torch.Tensor  # [V_t, r]
+    w2: torch.Tensor  # of pack_linear, [V, r]
+    confidence: torch.Tensor  # [d + r]
+    confidence_bias: float
+    vocabulary: torch.Tensor  # [V] int64, draft id -> target id
+
+
+def draw_blocks(
+    logits: torch.Tensor,  # [S, B, V] fp32, the Markov bias is added in place
+    hidden: torch.Tensor,  # [S, B, d]
+    anchors: torch.Tensor,  # [S] int64
+    head: BlockHead,
+    rules: DrawRules,
+    candidates: int,  # K
+) -> DrawnBlocks:
+    """Left to right: Markov bias, draw, confidence (paper §3.1, §3.2)."""
+    sessions, size, vocabulary = logits.shape
+    width, rank = hidden.shape[-1], head.w1.shape[1]
+    _expect(logits, sessions, size, vocabulary, dtype=torch.float32, multiple=1)
+    _expect(hidden, sessions, size, width)
+    _expect(head.w1, len(head.w1), rank)
+    _expect(head.w2, -(-vocabulary // _COLUMNS), rank // 2, _COLUMNS, 2, multiple=2)
+    _expect(head.confidence, width + rank)
+    _expect(head.vocabulary, vocabulary, dtype=torch.int64, multiple=1)
+    for ids in (anchors, rules.kinds, rules.top_k):
+        _expect(ids, sessions, dtype=torch.int64, multiple=1)
+    for numbers in (rules.temperature, rules.top_p):
+        _expect(numbers, sessions, dtype=torch.float32, multiple=1)
+    _expect(rules.keys, sessions, size, dtype=torch.int64, multiple=1)
+    if int(anchors.min()) < 0 or int(anchors.max()) >= len(head.w1):
+        raise ValueError(f"anchors must lie in 0..{len(head.w1) - 1}; got {anchors.tolist()}")
+    k = min(candidates, vocabulary)
+    out = DrawnBlocks(
+        tokens=torch.empty(sessions, size, dtype=torch.int64),
+        confidence_logits=torch.empty(sessions, size),
+        candidate_ids=torch.zeros(sessions, size, k, dtype=torch.int64),
+        candidate_probs=torch.zeros(sessions, size, k),
+    )
+    tensors = (
+        logits, hidden, head.w1, head.w2, head.confidence, head.vocabulary, anchors, rules.kinds,
+        rules.temperature, rules.top_p, rules.top_k, rules.keys, out.tokens, out.confidence_logits,
+        out.candidate_ids, out.candidate_probs,
+    )  # fmt: skip
+    block = _BlockStruct(
+        *(tensor.data_ptr() for tensor in tensors),
+        sessions, size, vocabulary, width, rank, k, head.confidence_bias,
+    )  # fmt: skip
+    library = load()
+    assert library is not None, "ask available() first"
+    library.dspark_block(ctypes.byref(block))
     return out
 
 
@@ -190,7 +272,7 @@ class _StepStruct(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 "x", "delta", "h", "qkv", "mixed", "gate_up", "act",
-                "cos", "sin", "positions", "slots", "row_starts", "tables",
+                "cos", "sin", "reach", "slots", "row_starts", "tables",
             )
         ),
         *((name, _I) for name in ("table_width", "T", "S", "d", "H", "G", "D", "I")),
@@ -240,12 +322,12 @@ class DecoderLayers:
                 norm = layer[name]
                 if norm is not None:
                     _expect(norm, size)
+        self._windows = windows
         self._held = layers  # the structs below point into these
         self._structs = (_LayerStruct * len(layers))()
-        for struct, layer, window in zip(self._structs, layers, windows, strict=True):
+        for struct, layer in zip(self._structs, layers, strict=True):
             for name in LAYER_TENSORS:
                 setattr(struct, name, _address(layer[name]))
-            struct.window = window or 0
 
     def run(
         self,
@@ -266,11 +348,13 @@ class DecoderLayers:
         _expect(delta, rows, shape.hidden)
         for table in (cos, sin):
             _expect(table, rows, shape.width // 2, dtype=torch.float32)
-        _expect(plan.positions, rows, dtype=torch.int64, multiple=1)
+        _expect(plan.reach, rows, dtype=torch.int64, multiple=1)
         _expect(plan.slots, rows, dtype=torch.int64, multiple=1)
         for i, (keys, values) in zip(range(first, last), pages, strict=True):
             _expect_pages(keys, values, shape.kv_heads, shape.width)
-            self._structs[i].keys, self._structs[i].values = keys.data_ptr(), values.data_ptr()
+            struct = self._structs[i]
+            struct.keys, struct.values = keys.data_ptr(), values.data_ptr()
+            struct.window = plan.window or self._windows[i] or 0
         mixed = shape.heads * shape.width
         widths = (shape.hidden, mixed + 2 * shape.kv_heads * shape.width, mixed,
                   2 * shape.intermediate, shape.intermediate)  # fmt: skip
@@ -282,7 +366,7 @@ class DecoderLayers:
             *scratch,
             cos,
             sin,
-            plan.positions,
+            plan.reach,
             plan.slots,
             plan.row_starts,
             tables,

@@ -1,8 +1,8 @@
 """Attention of flattened, variable-length queries over a paged KV cache: the torch reference.
 
 Every sequence s of a step brings Q_s query rows at consecutive positions and attends to its first
-kv_len_s keys, of which a row at position p sees those at or before p (and after p - window, where
-the layer slides). Sequences with few rows are padded into one batch; long ones (prefill chunks) go
+kv_len_s keys, of which a row sees those up to its reach p (and after p - window, where the layer
+slides). Sequences with few rows are padded into one batch; long ones (prefill chunks) go
 one by one, since padding the others to their length would cost more than the calls.
 
 Symbols: T rows in the step, S sequences, Q rows of a sequence, L keys, H query heads, G KV heads,
@@ -11,14 +11,13 @@ D head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 
-from dspark.kernels.attention_plan import AttentionPlan
+from dspark.kernels.attention_plan import PAGE_SIZE, AttentionPlan
 
 _LONG_ROWS = 16
 _GROUPS = "reference groups"
@@ -28,7 +27,7 @@ _GROUPS = "reference groups"
 class _Group:
     rows: torch.Tensor  # [S, Q] index into the step's rows; padding repeats a row
     real: torch.Tensor  # [S, Q] bool, False on padding
-    positions: torch.Tensor  # [S, Q]
+    reach: torch.Tensor  # [S, Q]
     slots: torch.Tensor  # [S, L] index into the cache; padding is slot 0
     kv_lens: torch.Tensor  # [S]
     whole: bool  # no padding among rows, and they are already in order
@@ -39,10 +38,10 @@ class _Group:
         made = self.masks.get((window, dtype))
         if made is None:
             key = torch.arange(self.slots.shape[1], device=self.slots.device)
-            seen = key <= self.positions[..., None]
+            seen = key <= self.reach[..., None]
             seen &= key < self.kv_lens[:, None, None]
             if window is not None:
-                seen &= key > self.positions[..., None] - window
+                seen &= key > self.reach[..., None] - window
             made = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
             made = made.masked_fill_(~seen, float("-inf"))[:, None]
             self.masks[window, dtype] = made
@@ -54,39 +53,29 @@ def _groups(plan: AttentionPlan) -> list[_Group]:
     if _GROUPS in plan.derived:
         return cast("list[_Group]", plan.derived[_GROUPS])
     counts = plan.row_counts
-    starts, total = [], 0
-    for count in counts:
-        starts.append(total)
-        total += count
+    groups = [_group([s], plan) for s, count in enumerate(counts) if count > _LONG_ROWS]
     short = [s for s, count in enumerate(counts) if count <= _LONG_ROWS]
-    groups = [
-        _group([s], starts, counts, plan.positions, plan.key_slots)
-        for s, count in enumerate(counts)
-        if count > _LONG_ROWS
-    ]
     if short:
-        groups.append(_group(short, starts, counts, plan.positions, plan.key_slots))
+        groups.append(_group(short, plan))
     plan.derived[_GROUPS] = groups
     return groups
 
 
-def _group(
-    members: list[int],
-    starts: list[int],
-    row_counts: Sequence[int],
-    positions: torch.Tensor,
-    key_slots: Sequence[torch.Tensor],
-) -> _Group:
-    device = positions.device
-    counts = torch.tensor([row_counts[s] for s in members], device=device)
-    first = torch.tensor([starts[s] for s in members], device=device)
+def _group(members: list[int], plan: AttentionPlan) -> _Group:
+    device = plan.reach.device
+    chosen = torch.tensor(members, device=device)
+    counts = torch.tensor([plan.row_counts[s] for s in members], device=device)
     offset = torch.arange(int(counts.max()), device=device)
     real = offset < counts[:, None]
-    rows = first[:, None] + torch.minimum(offset, counts[:, None] - 1)
-    kv_lens = torch.tensor([len(key_slots[s]) for s in members], device=device)
-    slots = torch.nn.utils.rnn.pad_sequence([key_slots[s] for s in members], batch_first=True)
-    whole = bool(real.all()) and int(counts.sum()) == positions.numel()
-    return _Group(rows, real, positions[rows], slots, kv_lens, whole)
+    rows = plan.row_starts[chosen][:, None] + torch.minimum(offset, counts[:, None] - 1)
+    kv_lens = torch.tensor([plan.kv_lens[s] for s in members], device=device)
+    inside = torch.arange(PAGE_SIZE, device=device)
+    slots = (plan.tables[chosen].long()[..., None] * PAGE_SIZE + inside).flatten(1)
+    slots = slots[:, : int(kv_lens.max())]
+    # What lies past a sequence's end is someone else's: even a masked NaN would spread.
+    slots = slots * (torch.arange(slots.shape[1], device=device) < kv_lens[:, None])
+    whole = bool(real.all()) and int(counts.sum()) == plan.reach.numel()
+    return _Group(rows, real, plan.reach[rows], slots, kv_lens, whole)
 
 
 def paged_attention(
@@ -114,7 +103,7 @@ def paged_attention(
         # The query heads of one KV head become extra rows, so that its keys are read once.
         q = q.view(batch, rows, kv_heads, fold, -1).permute(0, 2, 3, 1, 4)
         q = q.reshape(batch, kv_heads, fold * rows, -1)
-        mask = group.mask(window, query.dtype)
+        mask = group.mask(plan.window or window, query.dtype)
         mask = mask.expand(batch, fold, rows, length).reshape(batch, 1, fold * rows, length)
         if softcap is None and sinks is None:
             got = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -37,9 +37,9 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
         max_streams: int,
     ) -> None:
         self._worker = worker
-        self._block_size = engine.block_size
-        self._width = engine.drafter.config.hidden_size
-        self._vocab_size = engine.drafter.config.vocab_size
+        self._block_size = engine.config.block_size
+        self._width = engine.config.hidden_size
+        self._vocab_size = engine.config.vocab_size
         self._incarnation = incarnation
         self._fingerprint = drafter_fingerprint
         self._max_streams = max_streams

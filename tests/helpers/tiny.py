@@ -67,7 +67,13 @@ def tiny_target(family: str = "llama", vocab: int = 32, seed: int = 0, **extra: 
 
 
 def tiny_drafter(
-    target: TargetModel, block_size: int = 4, seed: int = 1, draft_vocab: int = 0, window: int = 0
+    target: TargetModel,
+    block_size: int = 4,
+    seed: int = 1,
+    draft_vocab: int = 0,
+    window: int = 0,
+    rank: int = 8,
+    **shape: Any,
 ) -> DSparkDrafter:
     """A random drafter for a tiny target."""
     torch.manual_seed(seed)
@@ -77,12 +83,17 @@ def tiny_drafter(
         block_size=block_size,
         target_layer_ids=TAPS,
         mask_token_id=target.vocab_size - 1,
-        markov_rank=8,
+        markov_rank=rank,
         target_hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
         draft_vocab_size=size,
         context_window=window,
-        backbone={"model_type": target.config.model_type, "num_hidden_layers": 2, **backbone},
+        backbone={
+            "model_type": target.config.model_type,
+            "num_hidden_layers": 2,
+            **backbone,
+            **shape,
+        },
     )
     ids = torch.randperm(target.vocab_size)[:size].sort().values
     drafter = DSparkDrafter(config, target.embed_weight, target.lm_head_weight, ids)

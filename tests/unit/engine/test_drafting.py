@@ -115,16 +115,16 @@ def test_a_new_epoch_starts_over() -> None:
 
 def test_freeing_gives_everything_back() -> None:
     draft = engine()
-    free = draft._pages.free
+    free = draft._pool.free
     draft.run([work(), work("other")])
     assert draft.sessions == 2
     for session in ("s", "other", "s", "unknown"):
         draft.free(session)
-    assert (draft.sessions, draft._pages.free) == (0, free)
+    assert (draft.sessions, draft._pool.free) == (0, free)
 
 
 def test_the_least_recently_used_session_makes_room() -> None:
-    draft = engine(num_pages=1 + 6)  # three sessions of twenty positions
+    draft = engine(num_pages=1 + 6)  # three sessions of twenty positions and a block
     for session in ("a", "b", "c"):
         draft.run([work(session)])
     draft.run([work("a", 21, start=20)])

@@ -14,6 +14,7 @@ from helpers.tiny import ScriptedLink, Tally, hf_model, run, tiny_drafter, tiny_
 from scipy import stats
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from dspark.decoding import drawing
 from dspark.decoding.noise import Stream, draw_key
 from dspark.engine import drafting, judge, verifier
 from dspark.engine.verifier import VerifierEngine
@@ -162,8 +163,8 @@ def recovery_from_the_accept_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def a_law_that_was_not_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proposal is drawn at one temperature and described at another."""
-    honest = drafting.sample
-    monkeypatch.setattr(drafting, "sample", lambda law, draws: honest(law**3, draws))
+    honest = drawing.sample
+    monkeypatch.setattr(drawing, "sample", lambda law, draws: honest(law**3, draws))
 
 
 @pytest.mark.statistical

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from helpers.tiny import (
     tiny_engine,
     tiny_target,
 )
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -36,6 +37,7 @@ from dspark.types import (
     Request,
     SamplingParams,
     VerificationResult,
+    VerifyMode,
 )
 
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
@@ -326,44 +328,67 @@ def test_a_full_queue_and_a_used_id_are_refused() -> None:
         engine.add(request("c"))
 
 
+LONGEST = 24
+GREEDY = SamplingParams(temperature=0.0, max_tokens=LONGEST)
+
+
+@cache
+def continuation(prompt: tuple[int, ...]) -> list[int]:
+    """What the target says greedily, alone, without drafts or a prefix cache."""
+    engine = tiny_engine(TARGET, prefix_cache=False)
+    return run(engine, [Request("truth", prompt, GREEDY)]).tokens["truth"]
+
+
 class EngineMachine(RuleBasedStateMachine):
-    """Random requests, steps, budgets and aborts: pages are owned once, and all come back."""
+    """Random requests, steps, budgets and aborts on few pages: who is preempted, and who shares a
+    prefix, shows in nobody's tokens, and every page has the holders that it should.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.link = RecordingLink(tiny_drafter(TARGET), num_pages=12)  # too few: some are evicted
         self.engine = tiny_engine(
-            TARGET, tiny_drafter(TARGET), link=self.link, cache_tokens=256, max_requests=4
+            TARGET, tiny_drafter(TARGET), link=self.link, cache_tokens=112, max_requests=4
         )
         self.engine.table = FREE_ROWS
-        self.live: set[str] = set()
+        self.live: dict[str, Request] = {}
+        self.said: dict[str, list[int]] = {}
         self.count = 0
 
     @rule(
-        length=st.integers(1, 40),
-        max_tokens=st.integers(1, 24),
-        temperature=st.sampled_from([0.0, 1.0]),
+        length=st.integers(1, 60),
+        variant=st.integers(0, 2),
+        max_tokens=st.integers(1, LONGEST),
+        temperature=st.sampled_from([0.0, 0.0, 1.0]),
     )
-    def add(self, length: int, max_tokens: int, temperature: float) -> None:
+    def add(self, length: int, variant: int, max_tokens: int, temperature: float) -> None:
         name = str(self.count)
         self.count += 1
         sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=self.count)
-        self.engine.add(Request(name, tuple(i % 32 for i in range(length)), sampling))
-        self.live.add(name)
+        # Prompts begin alike and part in their third page, or late in their second.
+        prompt = [*(i % 31 for i in range(length))]
+        prompt[28 + 5 * variant :] = [variant] * len(prompt[28 + 5 * variant :])
+        self.live[name] = Request(name, tuple(prompt), sampling)
+        self.engine.add(self.live[name])
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.live)))
         self.engine.abort(name)
-        self.live.discard(name)
+        del self.live[name]
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def forget(self, data: st.DataObject) -> None:
         self.link.engine.free(data.draw(st.sampled_from(sorted(self.live))))
 
-    @rule(seed=st.integers(0, 1000), steps=st.integers(1, 6))
+    @precondition(lambda self: self.engine._running)
+    @rule()
+    def preempt(self) -> None:
+        self.engine._preempt(next(reversed(self.engine._running.values())))
+
+    @rule(seed=st.integers(0, 1000), steps=st.integers(1, 4))
     def step(self, seed: int, steps: int) -> None:
         self.engine.set_plan(random_plan(random.Random(seed)))
         for _ in range(steps):
@@ -371,35 +396,93 @@ class EngineMachine(RuleBasedStateMachine):
 
     def take(self, results: Iterable[VerificationResult]) -> None:
         for result in results:
-            assert result.request_id in self.live
             assert 0 <= result.accepted <= result.verified <= result.drafted
+            said = self.said.setdefault(result.request_id, [])
+            said.extend(result.token_ids)
+            one = self.live[result.request_id]
+            if one.sampling.greedy:
+                assert said == continuation(one.prompt_token_ids)[: len(said)]
             if result.finish_reason is not None:
-                self.live.discard(result.request_id)
+                assert len(said) == one.sampling.max_tokens
+                del self.live[result.request_id]
 
     @invariant()
-    def pages_are_owned_once(self) -> None:
-        draft = self.link.engine
-        for pages, owners in (
-            (self.engine._pages, self.engine._running),
-            (draft._pages, draft._sessions),
-        ):
-            owned = [page for owner in owners.values() for page in owner.pages]
-            assert len(owned) == len(set(owned))
-            assert 0 not in owned
-            assert len(owned) + pages.free == pages.total
+    def pages_are_held_by_those_who_say_so(self) -> None:
+        self.engine.check_pages()
+        self.link.engine.check_pages()
+        assert all(not sequence.pages.size for sequence in self.engine._waiting)
 
     @invariant()
     def only_live_requests_are_drafted_for(self) -> None:
-        assert self.link.engine._sessions.keys() <= self.live
+        assert self.link.engine._sessions.keys() <= self.live.keys()
 
     def teardown(self) -> None:
         while self.engine.has_work:
             self.take(self.engine.step())
         assert not self.live
         _, _, free, total = self.engine.load
-        assert free == total == 256 // PAGE_SIZE
+        assert free == total == 112 // PAGE_SIZE
         assert self.link.engine.sessions == 0
 
 
 TestEngine = EngineMachine.TestCase
-TestEngine.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestEngine.settings = settings(
+    max_examples=200,  # of fifty operations: ten thousand
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+def prefix_requests(count: int) -> list[Request]:
+    """Different questions after the same long text."""
+    shared = tuple((7 * i) % 31 for i in range(100))
+    return [Request(str(i), (*shared, i, 2 * i, 3), GREEDY) for i in range(count)]
+
+
+def test_a_shared_prefix_is_computed_once_and_drafted_from_as_well_as_anew() -> None:
+    """Warm requests skip the shared pages, say the same, and get the same blocks as cold ones."""
+    blocks, tokens, prefill = [], [], []
+    for warm in (False, True):
+        link = RecordingLink(tiny_drafter(TARGET))
+        engine = tiny_engine(
+            TARGET, tiny_drafter(TARGET), link=link, prefix_cache=warm, check_pages=True
+        )
+        first = run(engine, prefix_requests(1))
+        computed = 0
+        for one in prefix_requests(6)[1:]:
+            engine.add(one)
+        tally = Tally()
+        while engine.has_work:
+            tally.add(engine.step())
+            assert engine.last_report is not None
+            computed += engine.last_report.prefill_tokens
+        blocks.append(link.blocks)
+        tokens.append(first.tokens | tally.tokens)
+        prefill.append(computed)
+        assert tally.accepted > 0
+    assert tokens[0] == tokens[1]
+    assert blocks[0] == blocks[1]
+    assert prefill[1] < 0.2 * prefill[0]
+
+
+def test_the_request_admitted_last_makes_room_and_goes_on_where_it_was() -> None:
+    engine = tiny_engine(TARGET, tiny_drafter(TARGET), cache_tokens=160, check_pages=True)
+    sampling = {"temperature": 1.0, "mode": VerifyMode.COUPLED}
+    requests = [request(str(i), max_tokens=60, seed=i, **sampling) for i in range(4)]
+    tally = run(engine, requests)
+    assert engine.preemptions > 0
+    roomy = run(tiny_engine(TARGET, tiny_drafter(TARGET)), requests)
+    assert tally.tokens == roomy.tokens
+    assert next(r.request_id for r in tally.results if r.finish_reason) == "0"
+
+
+def test_prompts_do_not_stall_those_who_decode() -> None:
+    engine = tiny_engine(TARGET, tiny_drafter(TARGET), prefill_chunk_tokens=256)
+    engine.table = StepTimeTable((1, 8), (1, 5), ((10.0, 14.0), (10.0, 14.0)))  # 1 ms a row
+    engine.add(request())
+    engine.step()
+    engine.add(Request("long", (1,) * 200, SamplingParams(max_tokens=1)))
+    engine.step()
+    assert engine.last_report is not None
+    assert PAGE_SIZE <= engine.last_report.prefill_tokens <= 21

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,10 +39,20 @@ def random(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 @given(
-    sequences, variants, st.sampled_from(operators.HEAD_WIDTHS), st.sampled_from([1, 2, 3]), seeds
+    sequences,
+    variants,
+    st.sampled_from(operators.HEAD_WIDTHS),
+    st.sampled_from([1, 2, 3]),
+    st.booleans(),
+    seeds,
 )
 def test_attention_is_that_of_the_reference(
-    shapes: list[tuple[int, int]], options: dict[str, Any], width: int, groups: int, seed: int
+    shapes: list[tuple[int, int]],
+    options: dict[str, Any],
+    width: int,
+    groups: int,
+    block: bool,
+    seed: int,
 ) -> None:
     heads, total = 6, sum(rows for _, rows in shapes)
     query = random(seed, total, heads, width)
@@ -51,7 +62,7 @@ def test_attention_is_that_of_the_reference(
         PAGES * PAGE_SIZE, torch.empty(0, groups, width), torch.empty(0, groups, width),
         torch.device("cpu"),
     )  # fmt: skip
-    positions, slots, key_slots = [], [], []
+    tables = []
     for i, (before, rows) in enumerate(shapes):
         length = before + rows
         pages = torch.tensor([free.pop() for _ in range(-(-length // PAGE_SIZE))])
@@ -59,11 +70,9 @@ def test_attention_is_that_of_the_reference(
         keys, values = (random(seed + 1 + 2 * i + j, length, groups, width) for j in range(2))
         fast.write(keys, values, own)
         slow.write(keys.float(), values.float(), own)
-        positions.append(torch.arange(before, length))
-        slots.append(own[before:])
-        key_slots.append(own)
+        tables.append(pages.numpy().astype("int32"))
     plan = plan_attention(
-        torch.cat(positions), torch.cat(slots), [rows for _, rows in shapes], key_slots
+        tables, [before for before, _ in shapes], [rows for _, rows in shapes], block=block
     )
     settings = {"window": None, "softcap": None, "sinks": None, **options}
     got = fast.attend(query, plan, scale=width**-0.5, **settings)
@@ -73,9 +82,8 @@ def test_attention_is_that_of_the_reference(
     # alone, each row gives the same bits
     at = int(torch.randint(0, total, (1,), generator=torch.Generator().manual_seed(seed)))
     of = next(i for i in range(len(shapes)) if at < int(plan.row_starts[i + 1]))
-    seen = int(plan.positions[at]) + 1
     row = slice(at, at + 1)
-    lone = plan_attention(plan.positions[row], plan.slots[row], [1], [key_slots[of][:seen]])
+    lone = plan_attention([tables[of]], [int(plan.reach[at])], [1])
     assert torch.equal(fast.attend(query[row], lone, scale=width**-0.5, **settings), got[row])
 
 
@@ -149,6 +157,6 @@ def test_what_does_not_fit_is_refused_before_it_is_touched() -> None:
         with pytest.raises(ValueError, match="expected a contiguous"):
             operators.add_rms_norm(wrong, None, weight, 1e-5)
     store = CpuStore(2, 2, 32)
-    plan = plan_attention(torch.tensor([0]), torch.tensor([16]), [1], [torch.tensor([16])])
+    plan = plan_attention([np.ones(1, dtype=np.int32)], [0], [1])
     with pytest.raises(ValueError, match="3 heads of 32 over 2"):
         operators.attention(random(0, 1, 96), store.keys, store.values, plan, 3, 32, scale=1.0)

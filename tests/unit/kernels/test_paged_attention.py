@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark.kernels.attention_plan import plan_attention
+from dspark.kernels.attention_plan import PAGE_SIZE, plan_attention
 from dspark.kernels.reference.paged_attention import paged_attention
 
 HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6
-SLOTS = 400
+SLOTS = 640
 
 # (keys before the step, rows in it): single rows, blocks, and chunks long enough to go alone
 sequences = st.lists(
@@ -62,18 +63,18 @@ def test_every_sequence_is_attended_to_as_if_alone(
     query = torch.randn(sum(rows for _, rows in shapes), HEADS, WIDTH, generator=generator) * 2
     keys = torch.randn(SLOTS, KV_HEADS, WIDTH, generator=generator)
     values = torch.randn(SLOTS, KV_HEADS, VALUE_WIDTH, generator=generator)
-    free = torch.randperm(SLOTS, generator=generator)
-    positions, slots, want, first = [], [], [], 0
+    free = torch.randperm(SLOTS // PAGE_SIZE - 1, generator=generator).numpy().astype("int32") + 1
+    pages, want, first = [], [], 0
     for before, rows in shapes:
-        own, free = free[: before + rows], free[before + rows :]
-        slots.append(own)
-        positions.append(torch.arange(before, before + rows))
+        need = -(-(before + rows) // PAGE_SIZE)
+        own, free = free[:need], free[need:]
+        pages.append(own)
+        slots = (own[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).flatten()[: before + rows]
         want.append(
-            plain(query[first : first + rows], keys[own], values[own], scale=0.3, **options)
+            plain(query[first : first + rows], keys[slots], values[slots], scale=0.3, **options)
         )
         first += rows
-    new = torch.cat([own[before:] for own, (before, _) in zip(slots, shapes, strict=True)])
-    plan = plan_attention(torch.cat(positions), new, [rows for _, rows in shapes], slots)
+    plan = plan_attention(pages, [before for before, _ in shapes], [rows for _, rows in shapes])
     got = paged_attention(query, keys, values, plan, scale=0.3, **options)
     # fp32; the two sum in other orders
     torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=1e-4)
@@ -85,7 +86,32 @@ def test_every_option_makes_a_difference(option: dict[str, Any]) -> None:
         3, 9, HEADS, WIDTH, generator=torch.Generator().manual_seed(0)
     )
     keys, values = keys[:, :KV_HEADS], values[:, :KV_HEADS]
-    plan = plan_attention(torch.arange(9), torch.arange(9), [9], [torch.arange(9)])
+    plan = plan_attention([np.zeros(1, dtype=np.int32)], [0], [9])
     with_it = paged_attention(query, keys, values, plan, scale=1.0, **option)
     without = paged_attention(query, keys, values, plan, scale=1.0)
     assert (with_it - without).abs().max() > 0.1
+
+
+@given(sequences, st.integers(1, 30))
+def test_rows_of_a_block_see_each_other_and_a_window_before_it(
+    shapes: list[tuple[int, int]], window: int
+) -> None:
+    """Queries of nothing attend evenly, so that values tell who was seen."""
+    need = [-(-(before + rows) // PAGE_SIZE) for before, rows in shapes]
+    ends = np.cumsum(need) + 1
+    pages = [np.arange(end - n, end, dtype=np.int32) for n, end in zip(need, ends, strict=True)]
+    plan = plan_attention(
+        pages, [b for b, _ in shapes], [n for _, n in shapes], block=True, window=window + 5
+    )
+    query = torch.zeros(len(plan.positions), HEADS, WIDTH)
+    keys = torch.zeros(int(ends[-1]) * PAGE_SIZE, KV_HEADS, WIDTH)
+    values = torch.zeros(len(keys), KV_HEADS, 1)
+    for (before, rows), own in zip(shapes, pages, strict=True):
+        at = (own[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).flatten()[: before + rows]
+        values[at] = torch.arange(before + rows).float()[:, None, None]
+    got = paged_attention(query, keys, values, plan, scale=1.0)
+    want = []
+    for before, rows in shapes:
+        low = max(0, before + rows - window - 5)
+        want += [(low + before + rows - 1) / 2] * rows
+    torch.testing.assert_close(got[:, 0, 0], torch.tensor(want), atol=1e-3, rtol=1e-4)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny import TAPS, hf_model, run, tiny_drafter, tiny_engine
 
-from dspark.engine.sequence import slots_of_pages
 from dspark.kernels.attention_plan import plan_attention
 from dspark.kernels.cpu import operators
 from dspark.models.kv_cache import PagedKVCache
@@ -42,7 +42,7 @@ def outputs(target: TargetModel, cuts: list[int], neighbours: int) -> tuple[torc
     """Logits and taps of a text run in pieces, with as many other texts in every step."""
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(0, 64, (1 + neighbours, LENGTH), generator=generator)
-    slots = [slots_of_pages(list(range(1 + 4 * s, 5 + 4 * s))) for s in range(1 + neighbours)]
+    pages = [np.arange(1 + 4 * s, 5 + 4 * s, dtype=np.int32) for s in range(1 + neighbours)]
     kv = PagedKVCache(4 * (1 + neighbours) + 1)
     logits, taps, done = [], [], 0
     for rows in cuts:
@@ -52,12 +52,8 @@ def outputs(target: TargetModel, cuts: list[int], neighbours: int) -> tuple[torc
         out = target.forward(
             TargetBatch(
                 token_ids=torch.cat([texts[s][span] for s in order]),
-                positions=torch.arange(span.start, span.stop).repeat(len(order)),
                 attention=plan_attention(
-                    torch.arange(span.start, span.stop).repeat(len(order)),
-                    torch.cat([slots[s][span] for s in order]),
-                    [rows] * len(order),
-                    [slots[s][: span.stop] for s in order],
+                    [pages[s] for s in order], [span.start] * len(order), [rows] * len(order)
                 ),
                 logit_rows=torch.arange(rows * neighbours, rows * (1 + neighbours)),
             ),

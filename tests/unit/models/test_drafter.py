@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dspark.engine.drafting import DraftEngine
 from dspark.errors import CheckpointError
+from dspark.kernels.attention_plan import AttentionPlan
 from dspark.models.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -19,7 +21,9 @@ from dspark.models.checkpoint import (
     load_drafter,
     save_drafter,
 )
-from dspark.models.drafter import ContextKV, DSparkDrafter
+from dspark.models.draft_forward import ModuleDraftForward
+from dspark.models.drafter import DSparkDrafter
+from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetModel
 from dspark.training.capture import Captured, capture
 from dspark.training.teacher_forcing import force
@@ -109,14 +113,14 @@ def test_a_shift_by_one_position_would_be_noticed(monkeypatch: pytest.MonkeyPatc
     drafter = tiny_drafter(target)
     one = captured(target, drafter, TOKENS)
     _, right = served_block(drafter, one, 17)
-    hidden = drafter.hidden
+    hidden = ModuleDraftForward.hidden
 
     def shifted(
-        tokens: torch.Tensor, positions: torch.Tensor, context: ContextKV, mask: torch.Tensor
+        self: ModuleDraftForward, tokens: torch.Tensor, plan: AttentionPlan, kv: PagedKVCache
     ) -> torch.Tensor:
-        return hidden(tokens, positions + 1, context, mask)
+        return hidden(self, tokens, replace(plan, positions=plan.positions + 1), kv)
 
-    monkeypatch.setattr(drafter, "hidden", shifted)
+    monkeypatch.setattr(ModuleDraftForward, "hidden", shifted)
     _, wrong = served_block(drafter, one, 17)
     assert wrong != pytest.approx(right, abs=1e-3)
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from helpers.tiny import TAPS, hf_model
 
-from dspark.engine.sequence import slots_of_pages
 from dspark.errors import CheckpointError
-from dspark.kernels.attention_plan import PAGE_SIZE, plan_attention
+from dspark.kernels.attention_plan import PAGE_SIZE, Pages, plan_attention
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
 
@@ -28,18 +27,15 @@ STEPS = ((20, 5, 0), (1, 0, 33), (16, 0, 1), (0, 0, 26))
 
 
 def batch_of(
-    rows: tuple[int, ...], done: list[int], tokens: list[torch.Tensor], slots: list[torch.Tensor]
+    rows: tuple[int, ...], done: list[int], tokens: list[torch.Tensor], pages: list[Pages]
 ) -> TargetBatch:
     active = [s for s, n in enumerate(rows) if n]
-    spans = [slice(done[s], done[s] + rows[s]) for s in active]
-    positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])
-    own = torch.cat([slots[s][span] for s, span in zip(active, spans, strict=True)])
-    keys = [slots[s][: span.stop] for s, span in zip(active, spans, strict=True)]
     return TargetBatch(
-        token_ids=torch.cat([tokens[s][span] for s, span in zip(active, spans, strict=True)]),
-        positions=positions,
-        attention=plan_attention(positions, own, [rows[s] for s in active], keys),
-        logit_rows=torch.arange(len(positions)),
+        token_ids=torch.cat([tokens[s][done[s] : done[s] + rows[s]] for s in active]),
+        attention=plan_attention(
+            [pages[s] for s in active], [done[s] for s in active], [rows[s] for s in active]
+        ),
+        logit_rows=torch.arange(sum(rows)),
     )
 
 
@@ -50,17 +46,15 @@ def largest_difference(family: str, reference_extra: dict[str, Any]) -> tuple[fl
     target = TargetModel(hf_model(family, vocab=64, **extra), TAPS)
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(0, 64, (n,), generator=generator) for n in LENGTHS]
-    pages = torch.randperm(15, generator=generator) + 1
-    per_sequence = -(-max(LENGTHS) // PAGE_SIZE)
-    slots = [
-        slots_of_pages(pages[s * per_sequence : (s + 1) * per_sequence].tolist()) for s in range(3)
-    ]
+    shuffled = torch.randperm(15, generator=generator).numpy().astype("int32") + 1
+    each = -(-max(LENGTHS) // PAGE_SIZE)
+    pages = [shuffled[s * each : (s + 1) * each] for s in range(3)]
     kv = PagedKVCache(16)
     done = [0, 0, 0]
     logits: list[list[torch.Tensor]] = [[], [], []]
     taps: list[list[torch.Tensor]] = [[], [], []]
     for rows in STEPS:
-        out = target.forward(batch_of(rows, done, tokens, slots), kv)
+        out = target.forward(batch_of(rows, done, tokens, pages), kv)
         assert out.taps is not None
         start = 0
         for s, n in enumerate(rows):

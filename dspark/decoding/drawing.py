@@ -1,0 +1,100 @@
+"""Drawing a drafted token from its law, by each session's own sampling rules.
+
+Symbols: S sessions, B block size, V_d draft vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dspark.decoding.acceptance import sample
+from dspark.decoding.law import proposal_law
+from dspark.decoding.noise import Stream, draw_key, gumbel, key_tensor, uniform
+from dspark.types import Fence, SamplingParams, VerifyMode
+
+GREEDY, INDEPENDENT, COUPLED = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class DrawRules:
+    """How each session draws the tokens of its block; all on the CPU."""
+
+    kinds: torch.Tensor  # [S] int64: GREEDY, INDEPENDENT or COUPLED
+    temperature: torch.Tensor  # [S] fp32, above 0
+    top_k: torch.Tensor  # [S] int64, 0: off
+    top_p: torch.Tensor  # [S] fp32
+    keys: torch.Tensor  # [S, B] int64, names of the draws; 0 where there is none
+
+    @classmethod
+    def of(
+        cls, fences: Sequence[Fence], sampling: Sequence[SamplingParams], size: int
+    ) -> DrawRules:
+        """Rules of blocks of `size` tokens after the states that the fences name."""
+        kinds, keys = [], []
+        for fence, params in zip(fences, sampling, strict=True):
+            positions = range(fence.committed_len, fence.committed_len + size)
+            if params.greedy:
+                kinds.append(GREEDY)
+                keys += [0] * size
+            elif params.mode is VerifyMode.COUPLED:
+                kinds.append(COUPLED)
+                keys += [draw_key(params.seed, Stream.COUPLED, p) for p in positions]
+            else:
+                kinds.append(INDEPENDENT)
+                keys += [
+                    draw_key(params.seed, Stream.DRAFT, fence.epoch, fence.round, p)
+                    for p in positions
+                ]
+        return cls(
+            kinds=torch.tensor(kinds),
+            temperature=torch.tensor([1.0 if p.greedy else p.temperature for p in sampling]),
+            top_k=torch.tensor([p.top_k for p in sampling]),
+            top_p=torch.tensor([p.top_p for p in sampling]),
+            keys=key_tensor(keys).view(-1, size),
+        )
+
+    @property
+    def all_greedy(self) -> bool:
+        """Whether nothing is random."""
+        return not bool(self.kinds.any())
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnBlocks:
+    """Drafted tokens, and the law of each position for sessions that draw independently."""
+
+    tokens: torch.Tensor  # [S, B] int64, target ids
+    confidence_logits: torch.Tensor  # [S, B] fp32
+    candidate_ids: torch.Tensor  # [S, B, K] int64; zeros where a session's kind needs no law
+    candidate_probs: torch.Tensor  # [S, B, K] fp32
+
+
+def draw(
+    logits: torch.Tensor,  # [S, V_d]
+    vocabulary: torch.Tensor,  # [V_d] int64, draft id -> target id
+    rules: DrawRules,
+    position: int,
+    candidates: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens [S], and the law they were drawn from: ids and probabilities [S, K]."""
+    device = logits.device
+    kinds, keys = rules.kinds.to(device), rules.keys[:, position].to(device)
+    best = vocabulary[logits.argmax(dim=-1)]
+    k = min(candidates, logits.shape[-1])
+    if rules.all_greedy:
+        none = best.new_zeros(len(best), k)
+        return best, none, none.float()
+    ids, probs = proposal_law(
+        logits, k, rules.temperature.to(device), rules.top_k.to(device), rules.top_p.to(device)
+    )
+    ids = vocabulary[ids]
+    index = sample(probs, uniform(keys))
+    if bool((kinds == COUPLED).any()):
+        noisy = torch.log(probs.double()) + gumbel(keys, ids)
+        index = torch.where(kinds == COUPLED, noisy.argmax(dim=-1), index)
+    drawn = torch.where(kinds == GREEDY, best, ids.gather(1, index[:, None])[:, 0])
+    shown = (kinds == INDEPENDENT)[:, None]
+    return drawn, ids * shown, probs * shown

@@ -1,0 +1,219 @@
+"""The drafter at work: context into pages, blocks over them (paper §3.1).
+
+A block is a sequence's newest rows, as the target's are, only that they see each other: the same
+plan, the same pages and the same attention serve both. Keys and values of the masked rows go to
+the slots that their positions have, and the features of what was committed overwrite them later.
+
+Two ways with one contract: the family's own modules (any device and type), and the C++ operators.
+
+Symbols as in dspark.models.drafter; N rows of context, T = S·γ rows of blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from dspark.decoding.drawing import DrawnBlocks, DrawRules, draw
+from dspark.kernels.attention_plan import AttentionPlan
+from dspark.kernels.cpu import operators
+from dspark.models.drafter import DSparkDrafter
+from dspark.models.fused import FusedLayers
+from dspark.models.kv_cache import PagedKVCache
+from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
+from dspark.models.target import ATTENTION_NAME, register_attention
+
+
+class DraftForward(Protocol):
+    """A drafter that is ready for inference."""
+
+    def write_context(
+        self,
+        features: torch.Tensor,  # [N, d]
+        positions: torch.Tensor,  # [N]
+        slots: torch.Tensor,  # [N]
+        kv: PagedKVCache,
+    ) -> None:
+        """Keys and values of context features to their slots, in every layer."""
+
+    def hidden(
+        self,
+        tokens: torch.Tensor,  # [T] anchors and masks
+        plan: AttentionPlan,
+        kv: PagedKVCache,
+    ) -> torch.Tensor:  # [T, d]
+        """Backbone hidden states h, final norm applied."""
+
+    def draw(
+        self,
+        hidden: torch.Tensor,  # [S, γ, d]
+        anchors: torch.Tensor,  # [S]
+        rules: DrawRules,
+        candidates: int,  # K
+    ) -> DrawnBlocks:
+        """Left to right: Markov bias, draw, confidence."""
+
+
+def draft_forward(drafter: DSparkDrafter) -> DraftForward:
+    """The fastest way to run a frozen drafter as it is: type, device, family."""
+    if FusedDraftForward.fits(drafter):
+        return FusedDraftForward(drafter)
+    return ModuleDraftForward(drafter)
+
+
+class ModuleDraftForward:
+    """The backbone's own modules, and torch."""
+
+    def __init__(self, drafter: DSparkDrafter) -> None:
+        self._drafter = drafter
+        register_attention()
+        weight = drafter.head_weight.to(drafter.norm.weight.dtype)
+        self._head: Any = lambda hidden: F.linear(hidden, weight)
+        if can_pack(weight.dtype, weight.device):
+            self._head = PackedLinear.of(weight)
+            pack_linears(drafter.layers)
+            pack_linears(drafter.markov_head)
+
+    def write_context(
+        self,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        kv: PagedKVCache,
+    ) -> None:
+        """See DraftForward."""
+        for layer, (keys, values) in enumerate(self._drafter.context_kv(features, positions)):
+            kv.write(layer, keys.transpose(0, 1), values.transpose(0, 1), slots)
+
+    def hidden(self, tokens: torch.Tensor, plan: AttentionPlan, kv: PagedKVCache) -> torch.Tensor:
+        """See DraftForward."""
+        drafter = self._drafter
+        drafter.use_attention(ATTENTION_NAME)
+        x = F.embedding(tokens[None], drafter.embed_weight).to(drafter.norm.weight.dtype)
+        embeddings = drafter.rotary_emb(x, plan.positions[None])
+        for layer in drafter.layers:
+            x = layer(
+                x,
+                attention_mask=None,
+                position_embeddings=embeddings,
+                use_cache=False,
+                dspark_plan=plan,
+                dspark_kv=kv,
+            )
+        out: torch.Tensor = drafter.norm(x)[0]
+        return out
+
+    def draw(
+        self, hidden: torch.Tensor, anchors: torch.Tensor, rules: DrawRules, candidates: int
+    ) -> DrawnBlocks:
+        """See DraftForward."""
+        head, vocabulary = self._drafter.markov_head, self._drafter.draft_token_ids
+        base = self._head(hidden)
+        previous = anchors
+        tokens, scores, ids, probs = [], [], [], []
+        for k in range(base.shape[1]):
+            embedded = head.embed(previous)
+            scores.append(self._drafter.confidence_head(hidden[:, k], embedded))
+            logits = base[:, k] + head.bias(embedded)
+            previous, law_ids, law_probs = draw(logits, vocabulary, rules, k, candidates)
+            tokens.append(previous)
+            ids.append(law_ids)
+            probs.append(law_probs)
+        return DrawnBlocks(
+            tokens=torch.stack(tokens, 1).cpu(),
+            confidence_logits=torch.stack(scores, 1).float().cpu(),
+            candidate_ids=torch.stack(ids, 1).cpu(),
+            candidate_probs=torch.stack(probs, 1).cpu(),
+        )
+
+
+class FusedDraftForward:
+    """The C++ operators, in bf16 on the CPU."""
+
+    def __init__(self, drafter: DSparkDrafter) -> None:
+        config = drafter.layers[0].self_attn.config
+        self._embedding = drafter.embed_weight
+        self._norm = drafter.norm.weight
+        self._layers = FusedLayers(config, drafter.layers, drafter.rotary_emb)
+        self._context = [_ContextProjection(layer.self_attn) for layer in drafter.layers]
+        self._head = PackedLinear.of(drafter.head_weight.to(self._norm.dtype), torch.float32)
+        confidence = drafter.confidence_head.proj
+        self._block_head = operators.BlockHead(
+            w1=drafter.markov_head.markov_w1.weight.contiguous(),
+            w2=operators.pack_linear(drafter.markov_head.markov_w2.weight),
+            confidence=confidence.weight[0].contiguous(),
+            confidence_bias=float(confidence.bias),
+            vocabulary=drafter.draft_token_ids,
+        )
+
+    @staticmethod
+    def fits(drafter: DSparkDrafter) -> bool:
+        """Whether the operators compute what this drafter's modules do."""
+        weight = drafter.norm.weight
+        return (
+            can_pack(weight.dtype, weight.device)
+            and drafter.config.markov_rank % operators.LANES == 0
+            and FusedLayers.fits(
+                drafter.layers[0].self_attn.config,
+                drafter.layers,
+                drafter.rotary_emb,
+                weight.dtype,
+                weight.device,
+            )
+        )
+
+    def write_context(
+        self,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        kv: PagedKVCache,
+    ) -> None:
+        """See DraftForward."""
+        shape = self._layers.shape
+        cos, sin = self._layers.rotary(positions)
+        for index, context in enumerate(self._context):
+            rows = operators.linear(features, context.weight, context.bias, context.outputs)
+            operators.rotate_write(
+                rows,
+                cos,
+                sin,
+                context.norms,
+                shape.eps,
+                *kv.pages(index, shape.kv_heads, shape.width),
+                slots,
+                heads=0,
+                width=shape.width,
+            )
+
+    def hidden(self, tokens: torch.Tensor, plan: AttentionPlan, kv: PagedKVCache) -> torch.Tensor:
+        """See DraftForward."""
+        x = F.embedding(tokens, self._embedding)
+        delta = torch.empty_like(x)
+        cos, sin = self._layers.rotary(plan.positions)
+        self._layers.run(0, len(self._layers), x, delta, cos, sin, plan, kv, fresh=True)
+        return operators.add_rms_norm(x, delta, self._norm, self._layers.shape.eps)
+
+    def draw(
+        self, hidden: torch.Tensor, anchors: torch.Tensor, rules: DrawRules, candidates: int
+    ) -> DrawnBlocks:
+        """See DraftForward."""
+        return operators.draw_blocks(
+            self._head(hidden), hidden, anchors, self._block_head, rules, candidates
+        )
+
+
+class _ContextProjection:
+    """[K; V] of one layer as one product."""
+
+    def __init__(self, attention: Any) -> None:
+        parts = (attention.k_proj, attention.v_proj)
+        weight = torch.cat([part.weight for part in parts])
+        biases = [part.bias for part in parts if part.bias is not None]
+        self.outputs = len(weight)
+        self.weight = operators.pack_linear(weight)
+        self.bias = operators.pack_bias(torch.cat(biases)) if biases else None
+        norm = getattr(getattr(attention, "k_norm", None), "weight", None)
+        self.norms = None if norm is None else (norm, norm)

@@ -1,0 +1,136 @@
+"""A drafter's two ways to run say the same: the family's modules, and the C++ operators."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny import tiny_drafter, tiny_target
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dspark.decoding.drawing import COUPLED, GREEDY, INDEPENDENT, DrawRules
+from dspark.kernels.attention_plan import PAGE_SIZE, plan_attention
+from dspark.kernels.cpu import operators
+from dspark.models.draft_forward import DraftForward, FusedDraftForward, ModuleDraftForward
+from dspark.models.drafter import DSparkDrafter
+from dspark.models.kv_cache import PagedKVCache
+
+pytestmark = pytest.mark.skipif(not operators.available(), reason="needs AVX-512 BF16")
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+LENGTHS = (0, 5, 40)
+SIZE = 4
+
+
+def bf16_drafter(family: str = "llama", draft_vocab: int = 0, rank: int = 16) -> DSparkDrafter:
+    target = tiny_target(family, vocab=600, **WIDE)
+    drafter = tiny_drafter(target, SIZE, draft_vocab=draft_vocab, rank=rank, **WIDE)
+    return drafter.for_inference(torch.bfloat16)
+
+
+def hidden(forward: DraftForward, window: int, dtype: torch.dtype) -> torch.Tensor:
+    """Blocks after contexts of three lengths."""
+    generator = torch.Generator().manual_seed(0)
+    kv = PagedKVCache(13)
+    pages = [np.arange(1 + 4 * s, 5 + 4 * s, dtype=np.int32) for s in range(3)]
+    rows = [s for s, length in enumerate(LENGTHS) if length]
+    context = plan_attention([pages[s] for s in rows], [0, 0], [LENGTHS[s] for s in rows])
+    features = torch.randn(sum(LENGTHS), 64, generator=generator).to(dtype)
+    plan = plan_attention(pages, LENGTHS, [SIZE] * 3, block=True, window=window or None)
+    tokens = torch.randint(0, 600, (3 * SIZE,), generator=generator)
+    with torch.inference_mode():
+        forward.write_context(features, context.positions, context.slots, kv)
+        return forward.hidden(tokens, plan, kv).float()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("window", [0, 6 + SIZE])
+def test_hidden_states(family: str, window: int) -> None:
+    drafter = bf16_drafter(family)
+    exact = hidden(ModuleDraftForward(copy.deepcopy(drafter).float()), window, torch.float32)
+    assert FusedDraftForward.fits(drafter)
+    fused = hidden(FusedDraftForward(drafter), window, torch.bfloat16)
+    modules = hidden(ModuleDraftForward(drafter), window, torch.bfloat16)
+    # as near to fp32 as the family's own modules in bf16
+    assert (fused - exact).abs().mean() < 1.2 * (modules - exact).abs().mean()
+    assert (exact.roll(1, 0) - exact).abs().mean() > 10 * (fused - exact).abs().mean()
+
+
+@given(
+    st.lists(st.sampled_from([GREEDY, INDEPENDENT, COUPLED]), min_size=1, max_size=9),
+    st.sampled_from([0, 70, 300]),
+    st.sampled_from([0, 3]),
+    st.sampled_from([1.0, 0.8]),
+    st.integers(0, 2**31),
+)
+def test_draws(kinds: list[int], draft_vocab: int, top_k: int, top_p: float, seed: int) -> None:
+    """Same tokens and laws, but where rounding decides: the Markov bias is bf16 in the modules."""
+    drafter = DRAFTERS[draft_vocab]
+    generator = torch.Generator().manual_seed(seed)
+    sessions = len(kinds)
+    states = torch.randn(sessions, SIZE, 64, generator=generator).bfloat16()
+    anchors = torch.randint(0, 600, (sessions,), generator=generator)
+    rules = DrawRules(
+        kinds=torch.tensor(kinds),
+        temperature=torch.rand(sessions, generator=generator) + 0.5,
+        top_k=torch.full((sessions,), top_k),
+        top_p=torch.full((sessions,), top_p),
+        keys=torch.randint(-(2**62), 2**62, (sessions, SIZE), generator=generator),
+    )
+    with torch.inference_mode():
+        fast = FusedDraftForward(drafter).draw(states.clone(), anchors, rules, 16)
+        slow = ModuleDraftForward(copy.deepcopy(drafter).float()).draw(
+            states.float(), anchors, rules, 16
+        )
+    for s, kind in enumerate(kinds):
+        for k in range(SIZE):
+            torch.testing.assert_close(
+                fast.confidence_logits[s, k], slow.confidence_logits[s, k], atol=1e-3, rtol=1e-3
+            )
+            if kind == INDEPENDENT:
+                law = dict(
+                    zip(
+                        *(t[s, k].tolist() for t in (fast.candidate_ids, fast.candidate_probs)),
+                        strict=True,
+                    )
+                )
+                want = dict(
+                    zip(
+                        *(t[s, k].tolist() for t in (slow.candidate_ids, slow.candidate_probs)),
+                        strict=True,
+                    )
+                )
+                assert sum(law.values()) == pytest.approx(1.0, abs=1e-5)
+                assert int(fast.tokens[s, k]) in law
+                if top_p == 1.0:  # else an edge may fall between two roundings
+                    assert law == pytest.approx(want, abs=2e-3)
+            else:
+                assert not fast.candidate_probs[s, k].any()
+            if fast.tokens[s, k] != slow.tokens[s, k]:
+                DIFFERED.append((kind, top_p))
+                break  # what follows is conditioned on another token
+        TOLD.append(kind)
+    assert len(DIFFERED) <= 2 + 0.05 * len(TOLD)
+
+
+DRAFTERS = {vocab: bf16_drafter(draft_vocab=vocab) for vocab in (0, 70, 300)}
+DIFFERED: list[tuple[int, float]] = []
+TOLD: list[int] = []
+
+
+def test_pages_of_a_drafter_hold_no_more_than_it_wrote() -> None:
+    drafter = bf16_drafter()
+    kv = PagedKVCache(3)
+    plan = plan_attention([np.array([2], dtype=np.int32)], [3], [5])
+    with torch.inference_mode():
+        FusedDraftForward(drafter).write_context(
+            torch.randn(5, 64).bfloat16(), plan.positions, plan.slots, kv
+        )
+    keys, _ = kv.pages(0, 2, 32)
+    by_slot = keys.view(3, 2, 16, PAGE_SIZE, 2)
+    written = by_slot.abs().sum(dim=(1, 2, 4)) > 0  # [pages, slots]
+    assert written.nonzero().tolist() == [[2, slot] for slot in range(3, 8)]
