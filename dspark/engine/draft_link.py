@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,10 +25,6 @@ class DraftLink(Protocol):
     def available(self) -> bool:
         """Whether blocks can be asked for now."""
 
-    @property
-    def block_ms(self) -> float:
-        """Running time from submitting a round's work to having its blocks."""
-
     def submit(self, works: Sequence[DraftWork]) -> None:
         """Hand over one round's work; returns without waiting for a remote drafter."""
 
@@ -46,27 +41,17 @@ class LocalDraftLink:
     def __init__(self, engine: DraftEngine) -> None:
         self._engine = engine
         self._replies = DraftReplies()
-        self._block_ms = 0.0
 
     @property
     def available(self) -> bool:
         """Always."""
         return True
 
-    @property
-    def block_ms(self) -> float:
-        """Running time of one round's drafting."""
-        return self._block_ms
-
     def submit(self, works: Sequence[DraftWork]) -> None:
         """Ingest and draft at once."""
-        start = time.perf_counter()
         proposals, resyncs = self._engine.run(works)
         self._replies.proposals.extend(proposals)
         self._replies.resyncs.extend(resyncs)
-        if proposals:
-            took = (time.perf_counter() - start) * 1e3
-            self._block_ms = 0.9 * self._block_ms + 0.1 * took if self._block_ms else took
 
     def free(self, sessions: Iterable[str]) -> None:
         """Forget sessions."""

@@ -15,9 +15,11 @@ from dspark.decoding.acceptance import (
     verify_equal,
     verify_rejection,
 )
+from dspark.decoding.drawing import COUPLED, GREEDY, INDEPENDENT
 from dspark.decoding.law import target_law
 from dspark.decoding.noise import Stream, draw_key, key_tensor, uniform
-from dspark.types import BlockProposal, Fence, Request, VerifyMode
+from dspark.kernels.cpu import operators
+from dspark.types import BlockProposal, Fence, Request, SamplingParams, VerifyMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,10 @@ def judge(
     judged: list[Judged],
 ) -> list[Verdict]:
     """One verdict a request, in order."""
+    if not judged:
+        return []
+    if _has_operator(logits):
+        return _judge_fast(logits, judged)
     verdicts: dict[int, Verdict] = {}
     for members, decide in _split(judged):
         if not members:
@@ -46,18 +52,74 @@ def judge(
     return [verdicts[i] for i in range(len(judged))]
 
 
+def _has_operator(logits: torch.Tensor) -> bool:
+    return logits.dtype == torch.float32 and logits.device.type == "cpu" and operators.available()
+
+
+def _judge_fast(logits: torch.Tensor, judged: list[Judged]) -> list[Verdict]:
+    """The same by the C++ operator: no dense law is made, and a row past a refusal is not read."""
+    kinds = [_kind(one.request.sampling) for one in judged]
+    accept: list[int] = []
+    recover: list[int] = []
+    noise: list[int] = []
+    for one, kind in zip(judged, kinds, strict=True):
+        seed, fence, drafts = one.request.sampling.seed, one.fence, one.verified
+        if kind == INDEPENDENT:
+            accept += _accept_keys(one)
+            recover.append(draw_key(seed, Stream.RECOVER, fence.epoch, fence.round))
+        else:
+            accept += [0] * drafts
+            recover.append(0)
+        noise += _noise_keys(one) if kind == COUPLED else [0] * (drafts + 1)
+    sampling = [one.request.sampling for one in judged]
+    drafted = _drafts(judged, logits.device, with_law=True)
+    assert drafted.candidate_ids is not None
+    assert drafted.candidate_probs is not None
+    accepted, following = operators.judge(
+        logits.contiguous(),
+        drafted.lengths,
+        drafted.token_ids,
+        drafted.candidate_ids,
+        drafted.candidate_probs,
+        operators.JudgeRules(
+            kinds=torch.tensor(kinds),
+            temperature=torch.tensor([1.0 if p.greedy else p.temperature for p in sampling]),
+            top_k=torch.tensor([p.top_k for p in sampling]),
+            top_p=torch.tensor([p.top_p for p in sampling]),
+            accept_keys=key_tensor(accept),
+            recover_keys=key_tensor(recover),
+            noise_keys=key_tensor(noise),
+        ),
+    )
+    return [Verdict(a, t) for a, t in zip(accepted.tolist(), following.tolist(), strict=True)]
+
+
+def _kind(sampling: SamplingParams) -> int:
+    if sampling.greedy:
+        return GREEDY
+    return COUPLED if sampling.mode is VerifyMode.COUPLED else INDEPENDENT
+
+
+def _accept_keys(one: Judged) -> list[int]:
+    seed, fence = one.request.sampling.seed, one.fence
+    return [draw_key(seed, Stream.ACCEPT, fence.epoch, fence.round, k) for k in range(one.verified)]
+
+
+def _noise_keys(one: Judged) -> list[int]:
+    seed, start = one.request.sampling.seed, one.fence.committed_len
+    return [draw_key(seed, Stream.COUPLED, start + k) for k in range(one.verified + 1)]
+
+
 _Decide = Callable[[torch.Tensor, list[Judged]], list[Verdict]]
 
 
 def _split(judged: list[Judged]) -> list[tuple[list[int], _Decide]]:
-    greedy, coupled, rejection = [], [], []
+    greedy: list[int] = []
+    coupled: list[int] = []
+    rejection: list[int] = []
     for i, one in enumerate(judged):
-        if one.request.sampling.greedy:
-            greedy.append(i)
-        elif one.request.sampling.mode is VerifyMode.COUPLED:
-            coupled.append(i)
-        else:
-            rejection.append(i)
+        kind = _kind(one.request.sampling)
+        (greedy if kind == GREEDY else coupled if kind == COUPLED else rejection).append(i)
     return [(greedy, _greedy), (coupled, _coupled), (rejection, _rejection)]
 
 
@@ -66,11 +128,7 @@ def _greedy(logits: torch.Tensor, judged: list[Judged]) -> list[Verdict]:
 
 
 def _coupled(logits: torch.Tensor, judged: list[Judged]) -> list[Verdict]:
-    keys = [
-        draw_key(one.request.sampling.seed, Stream.COUPLED, one.fence.committed_len + k)
-        for one in judged
-        for k in range(one.verified + 1)
-    ]
+    keys = [key for one in judged for key in _noise_keys(one)]
     choices = coupled_choices(_law(logits, judged), key_tensor(keys, logits.device))
     return verify_equal(choices, _drafts(judged, logits.device))
 
@@ -79,8 +137,7 @@ def _rejection(logits: torch.Tensor, judged: list[Judged]) -> list[Verdict]:
     accept, recover = [], []
     for one in judged:
         seed, fence = one.request.sampling.seed, one.fence
-        for k in range(one.verified):
-            accept.append(draw_key(seed, Stream.ACCEPT, fence.epoch, fence.round, k))
+        accept += _accept_keys(one)
         recover.append(draw_key(seed, Stream.RECOVER, fence.epoch, fence.round))
     device = logits.device
     return verify_rejection(
@@ -110,7 +167,10 @@ def _drafts(judged: list[Judged], device: torch.device, with_law: bool = False) 
             continue
         assert one.proposal is not None
         token_ids += one.proposal.token_ids[: one.verified].tolist()
-        if with_law:
+        if with_law and one.proposal.candidate_ids is None:  # it needs none
+            ids.append(torch.zeros(one.verified, 1, dtype=torch.int64))
+            probs.append(torch.zeros(one.verified, 1))
+        elif with_law:
             assert one.proposal.candidate_ids is not None
             assert one.proposal.candidate_probs is not None
             ids.append(torch.from_numpy(one.proposal.candidate_ids[: one.verified]))

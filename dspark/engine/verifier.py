@@ -31,6 +31,7 @@ from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
 from dspark.scheduling.draft_gate import DraftGate
 from dspark.scheduling.planner import plan_lengths
+from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.scheduling.survival import survival
 from dspark.types import (
@@ -81,7 +82,8 @@ class VerifierEngine:
             raise ValueError("a draft link needs the drafter's feature projection, and vice versa")
         self.target = target
         self.config = config
-        self.table: StepTimeTable | None = None
+        self._times: RoundTimes | None = None
+        self._gate: DraftGate | None = None
         self.eos_token_ids = eos_token_ids
         self._projection = projection
         self._link = link
@@ -89,7 +91,6 @@ class VerifierEngine:
         self._context_window = context_window  # features before it are not missed; 0: all are
         self._plan = StepPlan(policy=VerificationPolicy(config.policy))
         self._plan_until = float("inf")
-        self._gate = DraftGate()
         pages = pages_for(config.cache_tokens) + 1
         self._pages = PagePool(pages)
         self._kv = PagedKVCache(pages, target.device)
@@ -97,9 +98,21 @@ class VerifierEngine:
         self._waiting: deque[Sequence] = deque()
         self._running: dict[str, Sequence] = {}  # in order of admission
         self._steps = 0
+        self._forward_ended: float | None = None
+        self._asked = False  # blocks have been asked for in the round that ends with the next step
         self.preemptions = 0
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
         self.last_report: StepReport | None = None
+
+    @property
+    def table(self) -> StepTimeTable | None:
+        """The step-time table; without one, `adaptive` verifies whole blocks."""
+        return None if self._times is None else self._times.table
+
+    @table.setter
+    def table(self, table: StepTimeTable) -> None:
+        self._times = RoundTimes(table)
+        self._gate = DraftGate(self._times)
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -178,12 +191,16 @@ class VerifierEngine:
         turns = self._plan_turns()
         forward_started = time.perf_counter()
         judged = self._forward(turns)
-        step_ms = (time.perf_counter() - forward_started) * 1e3
+        ended = time.perf_counter()
+        step_ms = (ended - forward_started) * 1e3
+        # From the end of one forward to the end of the next, unless the engine rested in between.
+        round_ms = None if self._forward_ended is None else (ended - self._forward_ended) * 1e3
+        self._forward_ended = ended
         results = [self._commit(turn, judged[i]) for i, turn in enumerate(turns) if turn.emits]
         for turn in turns:
             if not turn.emits:
                 turn.sequence.computed += turn.rows
-        self._record(turns, results, step_ms, waited_ms)
+        self._record(turns, results, step_ms, waited_ms, round_ms)
         if self.config.prefix_cache:
             for turn in turns:
                 self._name_pages(turn.sequence)
@@ -194,6 +211,8 @@ class VerifierEngine:
                 self._let_go(turn.sequence)
         if self.config.check_pages:
             self.check_pages()
+        if not self.has_work:
+            self._forward_ended = None
         return results
 
     def _admit(self) -> None:
@@ -317,10 +336,11 @@ class VerifierEngine:
     def _prefill_budget(self, decoding: int) -> int:
         """Prompt tokens that this step may hold: those who decode are not to stall behind them."""
         most = self.config.prefill_chunk_tokens
-        if self.table is None or not decoding:
+        times = self._times
+        if times is None or not decoding:
             return most
-        limit = self.config.prefill_stretch * self.table.ms(decoding, decoding)
-        while most > PAGE_SIZE and self.table.ms(decoding, decoding + most) > limit:
+        limit = self.config.prefill_stretch * times.step_ms(decoding, decoding)
+        while most > PAGE_SIZE and times.step_ms(decoding, decoding + most) > limit:
             most //= 2
         return most
 
@@ -330,19 +350,19 @@ class VerifierEngine:
         sizes = [0 if block is None else len(block.token_ids) for block in blocks]
         if plan.policy is VerificationPolicy.OFF:
             return [0] * len(decoding)
-        if plan.policy is VerificationPolicy.FIXED or self.table is None:
+        times, gate = self._times, self._gate
+        if plan.policy is VerificationPolicy.FIXED or times is None or gate is None:
             return sizes
-        table, link = self.table, self._link
-        draft_ms = link.block_ms if link is not None else 0.0
         survivals = [
             np.zeros(0, dtype=np.float32)
             if block is None
             else survival(block.confidences, plan.confidence_temperatures)
             for block in blocks
         ]
+        gate.record([block for block in survivals if len(block)])
         return plan_lengths(
             survivals,
-            lambda tokens: draft_ms + table.ms(len(decoding), tokens),
+            lambda tokens: times.round_ms(len(decoding), tokens),
             extra_tokens=prefill,
             max_draft_tokens=plan.max_draft_tokens,
         )
@@ -419,7 +439,8 @@ class VerifierEngine:
         link, plan = self._link, self._current_plan()
         if link is None or not link.available or plan.policy is VerificationPolicy.OFF:
             return
-        if plan.policy is VerificationPolicy.ADAPTIVE and not self._gate.open:
+        adaptive = plan.policy is VerificationPolicy.ADAPTIVE
+        if adaptive and self._gate is not None and not self._gate.open(len(self._running)):
             return  # features wait in their pages and go out when drafting resumes
         works: list[DraftWork] = []
         for sequence in sequences:
@@ -428,6 +449,7 @@ class VerifierEngine:
             if live and sequence.decoding and sequence.computed and size > 0:
                 works += self._works(sequence, size)
         if works:
+            self._asked = True
             link.submit(works)
 
     def _works(self, sequence: Sequence, size: int) -> list[DraftWork]:
@@ -465,23 +487,21 @@ class VerifierEngine:
         results: list[VerificationResult],
         step_ms: float,
         waited_ms: float,
+        round_ms: float | None,
     ) -> None:
         self._steps += 1
+        asked, self._asked = self._asked, False
         decode = [turn for turn in turns if turn.emits]
         drafted = sum(result.drafted for result in results)
         prefill = sum(turn.rows for turn in turns) - sum(turn.logit_rows for turn in turns)
-        if self.table is not None and decode:
-            count = len(decode)
-            if not drafted:
-                self._gate.tick(count)  # with prompts in the step too, or pauses would never end
-            elif prefill == 0:
-                draft_ms = self._link.block_ms if self._link is not None else 0.0
-                self._gate.record(
-                    requests=count,
-                    committed=sum(len(result.token_ids) for result in results),
-                    round_ms=draft_ms + self.table.ms(count, sum(turn.rows for turn in turns)),
-                    plain_ms=self.table.ms(count, count),
-                )
+        if self._times is not None and decode and not prefill and round_ms is not None:
+            self._times.record(
+                requests=len(decode),
+                tokens=sum(turn.rows for turn in turns),
+                drafted=asked,
+                step_ms=step_ms,
+                round_ms=round_ms,
+            )
         width = self._block_size
         _, waiting, free, total = self.load
         self.last_report = StepReport(

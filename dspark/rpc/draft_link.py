@@ -73,11 +73,6 @@ class RemoteDraftLink:
             up = self._outgoing is not None and self._credits > 0
             return up and time.monotonic() >= self._rest_until
 
-    @property
-    def block_ms(self) -> float:
-        """Running time from handing work over to having its blocks."""
-        return self._block_s * 1e3
-
     def submit(self, works: Sequence[DraftWork]) -> None:
         """Send one round's work, in batches of bounded size."""
         batch: list[pb.DraftWork] = []

@@ -1,63 +1,81 @@
-"""Whether drafting pays at all, by what it has lately brought (promise: never slower than without).
+"""Whether drafting pays at all (promise: never slower than without).
 
 Algorithm 1 sees the block when it has been paid for, and can only trim. Under a load where nothing
-of a block is worth verifying, the drafting itself is the loss. The gate compares the throughput of
-recent speculative rounds, drafting included, with what plain rounds of the same size would give,
-and pauses drafting when it is behind; it probes again after a pause that doubles while probes fail.
+of a block is worth verifying, the drafting itself is the loss. The gate asks what rounds with
+blocks like the latest ones would bring at the load at hand, drafting included, and compares with
+rounds without. What it knows of blocks holds at every load; what it knows of times, it learns by
+load, and a load that it has not seen is tried.
 
-It looks at finished rounds only, never at the block at hand, so it cannot bias what is emitted.
+While it is closed, a block is drafted now and then, since texts change; the time that this takes is
+a fixed small share.
+
+It looks at blocks of the past only, never at the one at hand, so it cannot bias what is emitted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
 
-_MEMORY = 0.8  # weight of the past in the running gain
-_PROBE_ROUNDS = 4
-_FIRST_PAUSE = 16  # rounds
-_LONGEST_PAUSE = 512
+from dspark.scheduling.planner import plan_lengths
+from dspark.scheduling.round_times import RoundTimes
+from dspark.types import FloatArray
+
+_BLOCKS = 128  # remembered
+_SAMPLES = 16  # rounds that are imagined for an estimate
+_EVERY = 16  # rounds between estimates
+_PROBE_SHARE = 0.004  # of the time, spent on probing while closed
+_LEAST_GAIN = 1.0
+_CLOSE_BELOW = 0.995  # hysteresis: an open gate is closed by less than this
 
 
-@dataclass(slots=True)
 class DraftGate:
     """Open: blocks are asked for. One gate a verifier, asked once a round."""
 
-    gain: float = 1.0  # speculative throughput over plain, running
-    _pause: int = 0
-    _next_pause: int = _FIRST_PAUSE
-    _probes_left: int = _PROBE_ROUNDS
-    _requests: int = 0
+    def __init__(self, times: RoundTimes) -> None:
+        self._times = times
+        self._blocks: deque[FloatArray] = deque(maxlen=_BLOCKS)
+        self._paying = True
+        self._requests = 0  # of the last estimate
+        self._age = 0  # rounds since
+        self._closed_rounds = 0
 
-    @property
-    def open(self) -> bool:
-        """Whether to draft in the coming round."""
-        return self._pause == 0
+    def record(self, survivals: Sequence[FloatArray]) -> None:
+        """Blocks that were drafted."""
+        self._blocks.extend(survivals)
 
-    def record(self, *, requests: int, committed: int, round_ms: float, plain_ms: float) -> None:
-        """A speculative round committed `committed` tokens in `round_ms`, drafting included.
+    def open(self, requests: int) -> bool:
+        """Whether to draft for a coming round of `requests` requests."""
+        if not self._blocks or not self._times.drafting_known(requests):
+            return True
+        self._age += 1
+        if requests != self._requests or self._age >= _EVERY:
+            self._requests, self._age = requests, 0
+            gain = self.gain(requests)
+            self._paying = gain > (_CLOSE_BELOW if self._paying else _LEAST_GAIN)
+        if self._paying:
+            self._closed_rounds = 0
+            return True
+        self._closed_rounds += 1
+        cost = self._times.draft_ms(requests) / self._times.plain_ms(requests)
+        if self._closed_rounds < cost / _PROBE_SHARE:
+            return False
+        self._closed_rounds = 0
+        return True
 
-        `plain_ms` is what a step of the same requests without drafts takes.
-        """
-        if not requests or committed < requests:
-            return
-        if not self._requests / 2 <= requests <= self._requests * 2:
-            # Another load altogether: what was learnt under the last one says little.
-            self._requests, self.gain = requests, 1.0
-            self._probes_left, self._next_pause = _PROBE_ROUNDS, _FIRST_PAUSE
-        gain = (committed / round_ms) / (requests / plain_ms)
-        self.gain = _MEMORY * self.gain + (1.0 - _MEMORY) * gain
-        if self._probes_left > 0:
-            self._probes_left -= 1
-            return
-        if self.gain < 1.0:
-            self._pause = self._next_pause
-            self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
-            self._probes_left, self.gain = _PROBE_ROUNDS, 1.0
-        else:
-            self._next_pause = _FIRST_PAUSE
+    def gain(self, requests: int) -> float:
+        """Expected tokens a second with drafting, over those without."""
 
-    def tick(self, requests: int) -> None:
-        """A plain round passed; a load that changed much ends the pause."""
-        if self._pause:
-            changed = not self._requests / 2 <= requests <= self._requests * 2
-            self._pause = 0 if changed else self._pause - 1
+        def round_ms(tokens: int) -> float:
+            return self._times.round_ms(requests, tokens)
+
+        blocks = list(self._blocks)
+        committed = took_ms = 0.0
+        for sample in range(max(1, min(_SAMPLES, len(blocks) // requests))):
+            # The latest come first; few blocks stand for many requests by coming again.
+            chosen = [blocks[-1 - (sample * requests + r) % len(blocks)] for r in range(requests)]
+            lengths = plan_lengths(chosen, round_ms)
+            pairs = zip(chosen, lengths, strict=True)
+            committed += requests + sum(float(block[:n].sum()) for block, n in pairs)
+            took_ms += round_ms(requests + sum(lengths))
+        return (committed / took_ms) / (requests / self._times.plain_ms(requests))

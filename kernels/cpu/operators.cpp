@@ -117,8 +117,11 @@ struct Product {
 
 // R rows from `row` times group `g`: one accumulator for each row and vector, from the first k to the
 // last.
+//
+// One chunk of rows streams its weights from memory. Where several share a group, all but the first
+// would work from the cache while memory rests: each fetches a share of the group that comes next.
 template <int R>
-void multiply(const Product& p, int64_t row, int64_t g) {
+void multiply(const Product& p, int64_t row, int64_t g, const bf16* next, int64_t chunks) {
   constexpr int B = kBlocks;
   const bf16* x = p.x + row * p.K;
   const bf16* weights = p.weights + g * kColumns * p.K;
@@ -136,12 +139,19 @@ void multiply(const Product& p, int64_t row, int64_t g) {
                   : p.bias ? _mm512_loadu_ps(p.bias + column + b * 16)
                            : _mm512_setzero_ps();
     }
+  int64_t until_fetch = 1;
   for (int64_t k = 0; k < p.K; k += 2, weights += B * 32) {
-    __m512bh w[B];
-    for (int b = 0; b < B; ++b) {
-      _mm_prefetch(reinterpret_cast<const char*>(weights + b * 32 + 2048), _MM_HINT_T0);
-      w[b] = (__m512bh)_mm512_loadu_si512(weights + b * 32);
+    if (!next) {
+      for (int b = 0; b < B; ++b)
+        _mm_prefetch(reinterpret_cast<const char*>(weights + b * 32 + 2048), _MM_HINT_T0);
+    } else if (--until_fetch == 0) {
+      for (int b = 0; b < B; ++b)
+        _mm_prefetch(reinterpret_cast<const char*>(next + b * 32), _MM_HINT_T1);
+      next += B * 32;
+      until_fetch = chunks;
     }
+    __m512bh w[B];
+    for (int b = 0; b < B; ++b) w[b] = (__m512bh)_mm512_loadu_si512(weights + b * 32);
     for (int r = 0; r < R; ++r) {
       int pair;
       __builtin_memcpy(&pair, x + r * p.K + k, 4);
@@ -161,17 +171,20 @@ void multiply(const Product& p, int64_t row, int64_t g) {
 }
 
 // The accumulators of 6 rows fill 24 of the 32 registers.
-void multiply_group(const Product& p, int64_t T, int64_t g) {
+void multiply_group(const Product& p, int64_t T, int64_t g, bool more) {
   const int64_t chunks = (T + 5) / 6;  // of equal size: none is left with few rows
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t row = T * c / chunks;
+    const bf16* next = nullptr;
+    if (more && chunks > 1)
+      next = p.weights + (g + 1) * kColumns * p.K + p.K / 2 * c / chunks * 2 * kColumns;
     switch (T * (c + 1) / chunks - row) {
-      case 1: multiply<1>(p, row, g); break;
-      case 2: multiply<2>(p, row, g); break;
-      case 3: multiply<3>(p, row, g); break;
-      case 4: multiply<4>(p, row, g); break;
-      case 5: multiply<5>(p, row, g); break;
-      case 6: multiply<6>(p, row, g); break;
+      case 1: multiply<1>(p, row, g, next, chunks); break;
+      case 2: multiply<2>(p, row, g, next, chunks); break;
+      case 3: multiply<3>(p, row, g, next, chunks); break;
+      case 4: multiply<4>(p, row, g, next, chunks); break;
+      case 5: multiply<5>(p, row, g, next, chunks); break;
+      case 6: multiply<6>(p, row, g, next, chunks); break;
     }
   }
 }
@@ -399,6 +412,210 @@ inline double gumbel(uint64_t key, int64_t token) {
   return -std::log(-std::log(unit(mix(key + uint64_t(token + 1) * 0x9E3779B97F4A7C15ull))));
 }
 
+
+// One row of logits as a law after temperature, top-k and top-p (dspark.decoding.law): token i is
+// kept if x[i] > least, or x[i] = least and i <= tie, and then weighs exp((x[i] - most) / T) / sum.
+struct Law {
+  const float* x;
+  int64_t V;
+  float scale, most;  // 1 / T, the greatest logit
+  float least = kNothing;
+  int64_t tie;
+  double sum;
+  std::vector<float> maxima;  // of groups of kColumns
+
+  bool keeps(int64_t i) const { return x[i] > least || (x[i] == least && i <= tie); }
+  double weight(int64_t i) const {
+    return keeps(i) ? std::exp((double(x[i]) - most) * scale) / sum : 0.0;
+  }
+  // Lanes i .. i + 15 that are kept, and their exponentials.
+  __m512 exponentials(int64_t i) const {
+    const __mmask16 inside = V - i >= 16 ? 0xffff : __mmask16((1u << (V - i)) - 1);
+    const __m512 v = _mm512_mask_loadu_ps(_mm512_set1_ps(kNothing), inside, x + i);
+    __mmask16 kept = _mm512_cmp_ps_mask(v, _mm512_set1_ps(least), _CMP_GE_OQ) & inside;
+    if (tie < V) {
+      const __mmask16 equal = _mm512_cmp_ps_mask(v, _mm512_set1_ps(least), _CMP_EQ_OQ);
+      const __mmask16 early =
+          tie < i ? __mmask16(0) : tie - i >= 15 ? __mmask16(0xffff) : __mmask16((2u << (tie - i)) - 1);
+      kept &= __mmask16(~equal | early);
+    }
+    const __m512 e = exp512(
+        _mm512_mul_ps(_mm512_sub_ps(v, _mm512_set1_ps(most)), _mm512_set1_ps(scale)));
+    return _mm512_maskz_mov_ps(kept, e);
+  }
+  double group_sum(int64_t g) const {
+    __m512 total = _mm512_setzero_ps();
+    const int64_t end = std::min(V, (g + 1) * kColumns);
+    for (int64_t i = g * kColumns; i < end; i += 16)
+      total = _mm512_add_ps(total, exponentials(i));
+    return _mm512_reduce_add_ps(total);
+  }
+
+  Law(const float* logits, int64_t size, float temperature, int64_t top_k, float top_p)
+      : x(logits), V(size), scale(1.0f / temperature), tie(size) {
+    const int64_t groups = (V + kColumns - 1) / kColumns;
+    maxima.resize(groups);
+    for (int64_t g = 0; g < groups; ++g)
+      maxima[g] = group_max(x + g * kColumns, std::min(kColumns, V - g * kColumns));
+    most = *std::max_element(maxima.begin(), maxima.end());
+    if (top_k > 0 && top_k < V) {
+      std::vector<float> sorted;
+      if (top_k <= groups) {
+        std::vector<Entry> best;
+        top(x, maxima.data(), V, top_k, best);
+        least = best.back().first;
+      } else {
+        sorted.assign(x, x + V);
+        std::nth_element(sorted.begin(), sorted.begin() + (top_k - 1), sorted.end(),
+                         std::greater<float>());
+        least = sorted[top_k - 1];
+      }
+    }
+    sum = 0.0;
+    for (int64_t g = 0; g < groups; ++g)
+      if (maxima[g] >= least) sum += group_sum(g);
+    if (top_p < 1.0f) cut_top_p(top_p);
+  }
+
+  // Keeps the smallest set of likeliest tokens whose weight reaches top_p of the sum; of equal ones,
+  // the first. Nearly always it lies within a few hundred tokens; if not, its edge is bisected.
+  void cut_top_p(float top_p) {
+    const double enough = double(top_p) * sum;
+    std::vector<Entry> best;
+    top(x, maxima.data(), V, std::min<int64_t>(256, int64_t(maxima.size())), best);
+    double mass = 0.0;
+    for (const Entry& entry : best) {
+      if (entry.first < least) return;
+      mass += std::exp((double(entry.first) - most) * scale);
+      if (mass >= enough) {
+        least = entry.first, tie = entry.second, sum = mass;
+        return;
+      }
+    }
+    std::vector<float> weights((V + 15) / 16 * 16), values(weights.size(), kNothing);
+    std::copy(x, x + V, values.begin());
+    for (int64_t i = 0; i < V; i += 16) _mm512_storeu_ps(weights.data() + i, exponentials(i));
+    const auto from = [&](float edge) {  // weight of what is no less than the edge
+      double total = 0.0;
+      for (size_t i = 0; i < values.size(); i += 1024) {
+        __m512 some = _mm512_setzero_ps();
+        for (size_t k = i; k < std::min(i + 1024, values.size()); k += 16) {
+          const __mmask16 in = _mm512_cmp_ps_mask(_mm512_loadu_ps(values.data() + k),
+                                                  _mm512_set1_ps(edge), _CMP_GE_OQ);
+          some = _mm512_mask_add_ps(some, in, some, _mm512_loadu_ps(weights.data() + k));
+        }
+        total += _mm512_reduce_add_ps(some);
+      }
+      return total;
+    };
+    // Floats in order as integers: from(low) is enough, from(high) is not.
+    int32_t high = ordered(best.back().first) + 1;
+    int32_t low = ordered(std::max(least, most - 100.0f / scale));
+    while (int64_t(high) - low > 1) {
+      const int32_t middle = int32_t((int64_t(high) + low) / 2);
+      (from(unordered(middle)) >= enough ? low : high) = middle;
+    }
+    const float edge = unordered(low);
+    mass = from(unordered(high));
+    for (int64_t i = 0; i < V; ++i) {
+      if (x[i] != edge) continue;
+      tie = i;
+      mass += weights[i];
+      if (mass >= enough) break;
+    }
+    least = edge, sum = mass;
+  }
+  static int32_t ordered(float value) {
+    int32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    return bits >= 0 ? bits : int32_t(0x80000000u - uint32_t(bits));
+  }
+  static float unordered(int32_t bits) {
+    if (bits < 0) bits = int32_t(0x80000000u - uint32_t(bits));
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+  }
+
+  // The token at which the running sum of max(p - q, 0) passes `draw` of its total, in the order of
+  // token ids. `taken` holds (token, min(p, q)) by token; empty for p itself.
+  int64_t invert(double draw, const std::vector<std::pair<int64_t, double>>& taken) const {
+    double total = 1.0;
+    for (const auto& [token, share] : taken) total -= share;
+    // p = q up to rounding leaves nothing: then p itself is the residual's limit
+    static const std::vector<std::pair<int64_t, double>> nothing;
+    const auto& minus = total > 1e-9 ? taken : nothing;
+    const double until = draw * (total > 1e-9 ? total : 1.0);
+    double so_far = 0.0;
+    int64_t last = -1;
+    auto next = minus.begin();
+    for (int64_t g = 0; g < int64_t(maxima.size()); ++g) {
+      const int64_t end = std::min(V, (g + 1) * kColumns);
+      auto after = next;
+      double share = 0.0;
+      while (after != minus.end() && after->first < end) share += (after++)->second;
+      const double here = maxima[g] >= least ? group_sum(g) / sum - share : 0.0;
+      if (here > 0.0 && so_far + here > until) {
+        for (int64_t i = g * kColumns; i < end; ++i) {
+          double p = weight(i);
+          while (next != after && next->first < i) ++next;
+          if (next != after && next->first == i) p -= next->second;
+          if (p <= 0.0) continue;
+          last = i;
+          so_far += p;
+          if (so_far > until) return i;
+        }
+        if (last >= 0) return last;
+      }
+      so_far += std::max(here, 0.0);
+      next = after;
+    }
+    if (last >= 0) return last;
+    return argmax(x, maxima.data(), V);  // rounding left the draw past the end
+  }
+
+  // argmax of log p + gumbel noise. The likeliest tokens set a score that the noise of nearly all
+  // others cannot reach, which their random bits tell without a logarithm.
+  int64_t perturbed(uint64_t key) const {
+    std::vector<Entry> best;
+    top(x, maxima.data(), V, std::min<int64_t>(32, V), best);
+    double highest = -std::numeric_limits<double>::infinity();
+    int64_t winner = best[0].second;
+    auto look = [&](int64_t i) {
+      if (!keeps(i)) return;
+      const double score = (double(x[i]) - most) * scale + gumbel(key, i);
+      if (score > highest || (score == highest && i < winner)) highest = score, winner = i;
+    };
+    for (const Entry& entry : best) look(entry.second);
+    const __m512i golden = _mm512_set1_epi64(int64_t(0x9E3779B97F4A7C15ull));
+    const __m512i lane = _mm512_setr_epi64(1, 2, 3, 4, 5, 6, 7, 8);
+    for (int64_t g = 0; g < int64_t(maxima.size()); ++g) {
+      if (maxima[g] < least) continue;
+      const double need = highest - (double(maxima[g]) - most) * scale;
+      const double bound = std::exp(-std::exp(-need)) * 0x1p52;  // of the 52 bits
+      if (bound >= 0x1p52) continue;
+      const __m512i floor = _mm512_set1_epi64(std::max<int64_t>(0, int64_t(bound) - 4096));
+      const int64_t end = std::min(V, (g + 1) * kColumns);
+      for (int64_t i = g * kColumns; i < end; i += 8) {
+        const __m512i count = _mm512_add_epi64(lane, _mm512_set1_epi64(i));
+        __m512i w =
+            _mm512_add_epi64(_mm512_set1_epi64(int64_t(key)), _mm512_mullo_epi64(count, golden));
+        w = _mm512_mullo_epi64(_mm512_xor_si512(w, _mm512_srli_epi64(w, 30)),
+                               _mm512_set1_epi64(int64_t(0xBF58476D1CE4E5B9ull)));
+        w = _mm512_mullo_epi64(_mm512_xor_si512(w, _mm512_srli_epi64(w, 27)),
+                               _mm512_set1_epi64(int64_t(0x94D049BB133111EBull)));
+        w = _mm512_xor_si512(w, _mm512_srli_epi64(w, 31));
+        unsigned can = _mm512_cmpge_epu64_mask(_mm512_srli_epi64(w, 12), floor);
+        for (; can; can &= can - 1) {
+          const int64_t token = i + __builtin_ctz(can);
+          if (token < end) look(token);
+        }
+      }
+    }
+    return winner;
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -439,7 +656,7 @@ void dspark_block(const DsparkBlock* block) {
                           b.B * b.V, true};
 #pragma omp parallel for schedule(static)
     for (int64_t g = 0; g < groups; ++g) {
-      multiply_group(product, b.S, g);
+      multiply_group(product, b.S, g, g + 1 < groups);
       const int64_t column = g * kColumns, width = std::min(kColumns, b.V - column);
       for (int64_t s = 0; s < b.S; ++s)
         maxima[s * groups + g] = group_max(b.logits + (s * b.B + k) * b.V + column, width);
@@ -508,15 +725,69 @@ void dspark_block(const DsparkBlock* block) {
   }
 }
 
-// The first of the greatest of each row of x [T, V].
-void dspark_argmax(const float* x, int64_t* out, int64_t T, int64_t V) {
-  const int64_t groups = (V + kColumns - 1) / kColumns;
-#pragma omp parallel for schedule(static) if (T > 1)
-  for (int64_t t = 0; t < T; ++t) {
-    std::vector<float> maxima(groups);
-    for (int64_t g = 0; g < groups; ++g)
-      maxima[g] = group_max(x + t * V + g * kColumns, std::min(kColumns, V - g * kColumns));
-    out[t] = argmax(x + t * V, maxima.data(), V);
+// A step's verdicts (dspark.decoding.acceptance). Symbols: N rows with logits, S sequences, D drafts,
+// K candidates. Sequence s has rows row_starts[s] .. row_starts[s + 1] - 1, one more than drafts.
+struct DsparkJudge {
+  const float* logits;                // [N, V]
+  const int64_t *row_starts, *rules;  // [S + 1], [S]; 0 greedy, 1 rejection, 2 coupled
+  const float *temperature, *top_p;   // [S]
+  const int64_t* top_k;               // [S], 0: off
+  const int64_t *drafts, *candidate_ids;  // [D], [D, K]
+  const float* candidate_probs;           // [D, K]
+  const uint64_t *accept_keys, *recover_keys, *noise_keys;  // [D], [S], [N]
+  int64_t *accepted, *next;                                 // [S] out
+  int64_t S, V, K;
+};
+
+void dspark_judge(const DsparkJudge* judge) {
+  const DsparkJudge& j = *judge;
+#pragma omp parallel for schedule(dynamic, 1) if (j.row_starts[j.S] > 1)
+  for (int64_t s = 0; s < j.S; ++s) {
+    const int64_t first = j.row_starts[s], rows = j.row_starts[s + 1] - first;
+    int64_t stand = 0, token = 0;
+    for (; stand < rows; ++stand) {
+      const float* x = j.logits + (first + stand) * j.V;
+      const bool drafted = stand + 1 < rows;
+      const int64_t d = first - s + stand;
+      if (j.rules[s] == 1) {
+        const Law law(x, j.V, j.temperature[s], j.top_k[s], j.top_p[s]);
+        std::vector<std::pair<int64_t, double>> taken;
+        if (drafted) {
+          double q = 0.0;
+          for (int64_t k = 0; k < j.K; ++k) {
+            const int64_t id = j.candidate_ids[d * j.K + k];
+            const double share = j.candidate_probs[d * j.K + k];
+            if (id == j.drafts[d]) q += share;
+            if (share > 0.0) taken.emplace_back(id, share);
+          }
+          // u·q < p rather than u < p/q: the same test, and q = 0 needs no special case
+          if (unit(mix(j.accept_keys[d])) * q < law.weight(j.drafts[d])) continue;
+          std::sort(taken.begin(), taken.end());
+          size_t kept = 0;  // an id that comes twice counts once, with all of its probability
+          for (size_t k = 1; k < taken.size(); ++k)
+            if (taken[k].first == taken[kept].first)
+              taken[kept].second += taken[k].second;
+            else
+              taken[++kept] = taken[k];
+          taken.resize(std::min(taken.size(), kept + 1));
+          for (auto& [id, share] : taken) share = std::min(share, law.weight(id));
+        }
+        token = law.invert(unit(mix(j.recover_keys[s])), taken);
+        break;
+      }
+      if (j.rules[s] == 0) {
+        std::vector<float> maxima((j.V + kColumns - 1) / kColumns);
+        for (int64_t g = 0; g < int64_t(maxima.size()); ++g)
+          maxima[g] = group_max(x + g * kColumns, std::min(kColumns, j.V - g * kColumns));
+        token = argmax(x, maxima.data(), j.V);
+      } else {
+        const Law law(x, j.V, j.temperature[s], j.top_k[s], j.top_p[s]);
+        token = law.perturbed(j.noise_keys[first + stand]);
+      }
+      if (!drafted || token != j.drafts[d]) break;
+    }
+    j.accepted[s] = stand;
+    j.next[s] = token;
   }
 }
 
@@ -539,7 +810,7 @@ void dspark_linear(const bf16* x, const bf16* weights, const float* bias, void* 
   const Product product{x, weights, bias, out, fp32 != 0, N, K, N, false};
   const int64_t groups = (N + kColumns - 1) / kColumns;
 #pragma omp parallel for schedule(static)
-  for (int64_t g = 0; g < groups; ++g) multiply_group(product, T, g);
+  for (int64_t g = 0; g < groups; ++g) multiply_group(product, T, g, g + 1 < groups);
 }
 
 // out = silu(gate) · up, from [T, 2I] to [T, I].

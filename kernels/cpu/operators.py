@@ -178,13 +178,71 @@ def attention(
     return out
 
 
-def argmax(x: torch.Tensor) -> torch.Tensor:  # [T, V] fp32 -> [T] int64
-    """Index of the first of the greatest values of each row."""
-    rows, width = x.shape
-    _expect(x, rows, width, dtype=torch.float32, multiple=1)
-    out = torch.empty(rows, dtype=torch.int64)
-    _call("dspark_argmax", x, out, _I(rows), _I(width))
-    return out
+class _JudgeStruct(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "logits", "row_starts", "rules", "temperature", "top_p", "top_k", "drafts",
+                "candidate_ids", "candidate_probs", "accept_keys", "recover_keys", "noise_keys",
+                "accepted", "next",
+            )
+        ),
+        *((name, _I) for name in ("S", "V", "K")),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeRules:
+    """How each of S sequences decides its tokens. Keys that a sequence has no use for are 0."""
+
+    kinds: torch.Tensor  # [S] int64: GREEDY, INDEPENDENT (rejection) or COUPLED
+    temperature: torch.Tensor  # [S] fp32, above 0
+    top_k: torch.Tensor  # [S] int64, 0: off
+    top_p: torch.Tensor  # [S] fp32
+    accept_keys: torch.Tensor  # [D] int64
+    recover_keys: torch.Tensor  # [S] int64
+    noise_keys: torch.Tensor  # [N] int64
+
+
+def judge(
+    logits: torch.Tensor,  # [N, V] fp32
+    lengths: Sequence[int],  # S: drafts of each sequence, which has one row more
+    drafts: torch.Tensor,  # [D] int64
+    candidate_ids: torch.Tensor,  # [D, K] int64
+    candidate_probs: torch.Tensor,  # [D, K] fp32
+    rules: JudgeRules,
+) -> tuple[torch.Tensor, torch.Tensor]:  # [S], [S] int64
+    """How many drafts of each sequence stand, and the token that follows them."""
+    rows, vocabulary = logits.shape
+    sequences, total = len(lengths), sum(lengths)
+    k = candidate_ids.shape[1]
+    starts = torch.zeros(sequences + 1, dtype=torch.int64)
+    starts[1:] = (torch.tensor(lengths) + 1).cumsum(0)
+    _expect(logits, total + sequences, vocabulary, dtype=torch.float32, multiple=1)
+    _expect(drafts, total, dtype=torch.int64, multiple=1)
+    _expect(candidate_ids, total, k, dtype=torch.int64, multiple=1)
+    _expect(candidate_probs, total, k, dtype=torch.float32, multiple=1)
+    for ids in (rules.kinds, rules.top_k, rules.recover_keys):
+        _expect(ids, sequences, dtype=torch.int64, multiple=1)
+    for numbers in (rules.temperature, rules.top_p):
+        _expect(numbers, sequences, dtype=torch.float32, multiple=1)
+    _expect(rules.accept_keys, total, dtype=torch.int64, multiple=1)
+    _expect(rules.noise_keys, rows, dtype=torch.int64, multiple=1)
+    for ids in (drafts, candidate_ids):
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
+            raise ValueError(f"draft tokens must lie in 0..{vocabulary - 1}")
+    accepted, following = torch.empty(2, sequences, dtype=torch.int64)
+    tensors = (
+        logits, starts, rules.kinds, rules.temperature, rules.top_p, rules.top_k, drafts,
+        candidate_ids, candidate_probs, rules.accept_keys, rules.recover_keys, rules.noise_keys,
+        accepted, following,
+    )  # fmt: skip
+    struct = _JudgeStruct(*(tensor.data_ptr() for tensor in tensors), sequences, vocabulary, k)
+    library = load()
+    assert library is not None, "ask available() first"
+    library.dspark_judge(ctypes.byref(struct))
+    return accepted, following
 
 
 class _BlockStruct(ctypes.Structure):

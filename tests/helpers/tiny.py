@@ -144,7 +144,6 @@ class ScriptedLink:
         self._rng = np.random.default_rng(0)
         self._ready: list[BlockProposal] = []
         self.available = True
-        self.block_ms = 0.0
         self.freed: list[str] = []
 
     def submit(self, works: Sequence[DraftWork]) -> None:

@@ -18,6 +18,7 @@ from dspark.decoding import drawing
 from dspark.decoding.noise import Stream, draw_key
 from dspark.engine import drafting, judge, verifier
 from dspark.engine.verifier import VerifierEngine
+from dspark.kernels.cpu import operators
 from dspark.scheduling.planner import Search, plan_lengths
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import (
@@ -139,15 +140,21 @@ def sampling_engine(monkeypatch: pytest.MonkeyPatch) -> VerifierEngine:
 
 
 @pytest.mark.statistical
+@pytest.mark.parametrize("operator", [True, False])
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.0, 1.0), (1.0, 0.9), (0.7, 0.9)])
 def test_rejection_follows_the_target_law_under_changing_budgets(
-    temperature: float, top_p: float, monkeypatch: pytest.MonkeyPatch
+    temperature: float, top_p: float, operator: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not operator:
+        monkeypatch.setattr(judge, "_has_operator", lambda _: False)
+    elif not operators.available():
+        pytest.skip("needs AVX-512 BF16 and a C++ compiler")
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=6)
     assert goodness_of_fit(sampling_engine(monkeypatch), sampling, samples=6000) > FALSE_ALARM
 
 
 def small_accept_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "_has_operator", lambda _: False)
     honest = judge.uniform
     monkeypatch.setattr(judge, "uniform", lambda keys: honest(keys) ** 2)
 

@@ -239,30 +239,6 @@ def test_an_abort_gives_everything_back() -> None:
     assert engine.step() == []
 
 
-def test_a_drafting_pause_ends_even_while_prompts_keep_coming() -> None:
-    """A losing drafter is paused; steps with prompt tokens in them count towards its next try."""
-    dear = StepTimeTable((1, 8), (1, 5), ((1.0, 500.0), (1.0, 500.0)))
-    link = ScriptedLink({}, TARGET.vocab_size)
-    link.block_ms = 1000.0
-    engine = tiny_engine(
-        TARGET, tiny_drafter(TARGET), link=link, policy="adaptive", prefill_chunk_tokens=4
-    )
-    engine.table = dear
-    gate = engine._gate
-    gate.record(requests=1, committed=1, round_ms=1001.0, plain_ms=1.0)
-    while gate.open:
-        gate.record(requests=1, committed=1, round_ms=1001.0, plain_ms=1.0)
-    engine.add(request("decoding", speculate=False))
-    engine.step()
-    engine.step()
-    engine.add(Request("prompt", (1,) * 200, SamplingParams(max_tokens=1)))
-    for _ in range(20):
-        engine.step()
-        assert engine.last_report is not None
-        assert engine.last_report.prefill_tokens > 0
-    assert gate.open
-
-
 def test_a_drafter_that_forgot_is_sent_the_features_again() -> None:
     drafter = tiny_drafter(TARGET)
     draft_engine = DraftEngine(drafter, num_pages=64)
