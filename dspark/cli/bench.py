@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dspark.cli.console import err, out, progress_bar, reported_errors
 
-_PROMPTS = (
+PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number.",
     "Explain how photosynthesis works.",
     "What is the capital of France, and what is it known for?",
@@ -66,7 +66,7 @@ def bench(
         )
         if not llm.speculative:
             raise ConfigError(f"no drafter is known for {target!r}: give one with --drafter")
-        texts = read_prompts(prompts) if prompts else list(_PROMPTS)
+        texts = read_prompts(prompts) if prompts else list(PROMPTS)
         llm.generate(texts[:1])  # first-use costs are nobody's throughput
         with progress_bar() as bar:
             task = bar.add_task("measuring", total=None)

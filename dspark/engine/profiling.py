@@ -47,7 +47,7 @@ def profile_steps(
         measured = {r for r, _ in samples}
         if q == rows[0] and len(measured) >= 2 and time.perf_counter() - started > _BUDGET_S:
             break
-        batch = _batch(target, r, q, context, pages)
+        batch = step_batch(target, r, q, context, pages)
         greedy = SamplingParams(temperature=0.0)
         asked = [
             Judged(Request(str(i), (0,), greedy), Fence(str(i), 0, 0, 1), None, 0)
@@ -75,7 +75,10 @@ def fingerprint(target: TargetModel) -> str:
     return sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def _batch(target: TargetModel, requests: int, rows: int, context: int, pages: int) -> TargetBatch:
+def step_batch(
+    target: TargetModel, requests: int, rows: int, context: int, pages: int
+) -> TargetBatch:
+    """A step of `requests` requests, the newest `rows` of `context` positions each."""
     total = requests * rows
     tables = [
         np.arange(1 + r * pages, 1 + (r + 1) * pages, dtype=np.int32) for r in range(requests)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from dspark.engine.threads import use_all_threads
 from dspark.engine.verifier import VerifierEngine
 from dspark.errors import UnavailableError
 from dspark.types import Request, StepPlan, StepReport, VerificationResult
@@ -98,6 +99,7 @@ class EngineRunner:
         self._stopping = True
 
     def _run(self) -> None:
+        use_all_threads()
         try:
             while not self._stopping:
                 with self._wake:

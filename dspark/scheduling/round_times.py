@@ -14,7 +14,7 @@ from statistics import median
 
 from dspark.scheduling.step_table import StepTimeTable
 
-_MEMORY = 9  # rounds that a median is over
+_MEMORY = 7  # rounds that a median is over
 _LEAST = 3  # rounds that make a measurement: one may be an outlier, the first often is
 
 

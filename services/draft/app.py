@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from dspark.config import ServeConfig
 from dspark.engine.assembly import drafter_folder, load_draft_engine
+from dspark.engine.threads import compute_apart
 from dspark.errors import UnavailableError
 from dspark.models.checkpoint import fingerprint
 from dspark.pb import draft_pb2, draft_pb2_grpc, scheduler_pb2
@@ -46,7 +47,7 @@ class DraftReplica:
         # Ray sets OMP_NUM_THREADS by the CPUs it reserves, and we reserve none.
         model = replace(config.model, threads=config.model.threads or os.cpu_count() or 1)
         folder = drafter_folder(model)
-        engine = await asyncio.to_thread(load_draft_engine, model, config.draft)
+        engine = await compute_apart(load_draft_engine, model, config.draft)
         assert folder is not None  # load_draft_engine has refused otherwise
         weights = fingerprint(folder)
         self._worker = DraftWorker(engine, config.draft.max_batch_works, self._failed)

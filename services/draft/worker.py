@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dspark.engine.drafting import DraftEngine
+from dspark.engine.threads import use_all_threads
 from dspark.types import BlockProposal, DraftWork, ResyncRequest
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class DraftWorker:
         self._queue.put(_Free(client, sessions))
 
     def _run(self) -> None:
+        use_all_threads()
         try:
             waiting: _Job | _Free | None
             carried: list[_Job | _Free | None] = []

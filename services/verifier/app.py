@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from dspark.config import ServeConfig
 from dspark.engine.assembly import LoadedTarget, load_target, make_verifier
 from dspark.engine.runner import EngineRunner
+from dspark.engine.threads import compute_apart
 from dspark.errors import UnavailableError
 from dspark.pb import scheduler_pb2, verifier_pb2, verifier_pb2_grpc
 from dspark.rpc.draft_link import RemoteDraftLink
@@ -46,10 +47,10 @@ class VerifierReplica:
         self._incarnation = f"verifier-{uuid4().hex[:12]}"
         # Ray sets OMP_NUM_THREADS by the CPUs it reserves, and we reserve none.
         model = replace(config.model, threads=config.model.threads or os.cpu_count() or 1)
-        loaded = await asyncio.to_thread(load_target, model)
+        loaded = await compute_apart(load_target, model)
         self._servicer = VerifierServicer(model.target, asyncio.get_running_loop())
         self._link = await self._make_link(loaded)
-        engine = await asyncio.to_thread(make_verifier, loaded, config.engine, self._link)
+        engine = await compute_apart(make_verifier, loaded, config.engine, self._link)
         host = ray.util.get_node_ip_address()
         self._server = ReplicaServer()
         verifier_pb2_grpc.add_VerifierServicer_to_server(self._servicer, self._server.server)

@@ -51,6 +51,7 @@ def test_it_stays_open_while_drafting_pays() -> None:
 def test_while_drafting_loses_it_costs_a_small_share_of_the_time() -> None:
     verifier = Verifier(draft_ms=5.0)
     assert verifier.rounds(BAD, 100) < 25
+    verifier.rounds(BAD, 2000)
     assert verifier.rounds(BAD, 5000) * 5.0 < 0.005 * 5000 * 11.5
 
 
@@ -65,10 +66,18 @@ def test_what_loses_under_load_is_known_to_pay_without() -> None:
     verifier = Verifier(draft_ms=12.0)
     fair = np.array([0.6, 0.4, 0.2, 0.1], dtype=np.float32)
     verifier.rounds(fair, 10, requests=16)
-    assert verifier.rounds(fair, 100, requests=16) < 5
+    assert verifier.rounds(fair, 100, requests=16) < 12
     verifier.draft_ms = 1.0
     assert verifier.rounds(fair, 100, requests=1) == 100
-    assert verifier.rounds(fair, 50, requests=16) < 5  # and it remembers
+    assert verifier.rounds(fair, 50, requests=16) < 12  # and it remembers
+
+
+def test_slow_rounds_after_a_start_are_forgotten() -> None:
+    verifier = Verifier(draft_ms=60.0)
+    verifier.rounds(GOOD, 20)
+    verifier.draft_ms = 2.0
+    verifier.rounds(GOOD, 100)
+    assert verifier.rounds(GOOD, 100) == 100
 
 
 def test_one_slow_round_changes_nothing() -> None:
