@@ -58,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     levels = [int(part) for part in options.concurrency.split(",")]
     config = ServeConfig(
-        model=ModelConfig(options.target, threads=int(__import__("os").environ.get("TH", "0"))),
+        model=ModelConfig(options.target),
         gateway=GatewayConfig(http_port=options.http_port, grpc_port=options.grpc_port),
     )
     llm = LLM(options.target)

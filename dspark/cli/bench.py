@@ -31,15 +31,16 @@ def bench(
     ),
     concurrency: str = typer.Option("1,4,8", help="Requests at a time, comma-separated."),
     tokens: int = typer.Option(128, min=2, help="New tokens a request."),
-    rounds: int = typer.Option(5, min=1, help="Rounds; medians over them are reported."),
+    rounds: int = typer.Option(10, min=1, help="Turns of each arm; medians are reported."),
     block_size: int = typer.Option(0, help="Draft tokens a round; 0: the drafter's own."),
+    fixed: str = typer.Option("0", help="Fixed lengths to compare; 0: whole blocks."),
     dtype: str = typer.Option("bfloat16", help="float32, bfloat16 or float16."),
     prompts: Path | None = typer.Option(None, help="JSONL with prompts; default: eight of ours."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON with machine and versions."),
 ) -> None:
     """Compare no drafting, fixed blocks and adaptive verification, greedy, in process.
 
-    The three arms take turns in every round, and the same prompts run in each.
+    The arms take turns of a second while users ask without a pause.
     """
     with reported_errors():
         from dspark.config import EngineConfig
@@ -49,14 +50,8 @@ def bench(
         from dspark.evaluation.provenance import provenance
         from dspark.evaluation.throughput import measure
 
-        try:
-            levels = [int(part) for part in concurrency.split(",")]
-        except ValueError as error:
-            raise ConfigError(
-                f"--concurrency wants numbers, such as 1,4,8; got {concurrency!r}"
-            ) from error
-        if min(levels) < 1:
-            raise ConfigError(f"--concurrency wants numbers from 1 on; got {concurrency!r}")
+        levels = _numbers("--concurrency", concurrency, least=1)
+        fixed_lengths = _numbers("--fixed", fixed, least=0)
         err.print("loading and profiling …")
         llm = LLM(
             target,
@@ -76,6 +71,7 @@ def bench(
                 concurrencies=levels,
                 max_tokens=tokens,
                 rounds=rounds,
+                fixed_lengths=fixed_lengths,
                 on_progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         if as_json:
@@ -92,8 +88,20 @@ def bench(
                     str(cell.concurrency),
                     cell.arm,
                     f"{cell.tokens_per_s:.1f}",
-                    f"{cell.tokens_per_s / arms[0].tokens_per_s:.2f}×",
+                    f"{cell.against_off:.2f}×",
                     f"{cell.accepted_length:.2f}",
                     f"{cell.verified_per_step:.2f}",
                 )
         out.print(table)
+
+
+def _numbers(option: str, text: str, least: int) -> list[int]:
+    from dspark.errors import ConfigError
+
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} wants numbers, such as 1,4,8; got {text!r}") from error
+    if min(numbers) < least:
+        raise ConfigError(f"{option} wants numbers from {least} on; got {text!r}")
+    return numbers

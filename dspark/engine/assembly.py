@@ -95,7 +95,9 @@ def load_draft_engine(
             resolve_target(model.target), dtype=getattr(torch, model.dtype), device=model.device
         )
     drafter = load_drafter(folder, target).for_inference(getattr(torch, model.dtype), model.device)
-    return DraftEngine(drafter, pages_for(draft.cache_tokens) + 1)
+    engine = DraftEngine(drafter, pages_for(draft.cache_tokens) + 1)
+    engine.warm_up()
+    return engine
 
 
 def make_verifier(
@@ -115,6 +117,7 @@ def make_verifier(
         context_window=loaded.context_window,
         eos_token_ids=loaded.eos_token_ids,
     )
+    verifier.warm_up()
     if speculative and engine.policy == "adaptive":
         verifier.table = profile_steps(
             loaded.target,

@@ -16,6 +16,7 @@ class DraftReplies:
 
     proposals: list[BlockProposal] = field(default_factory=list)
     resyncs: list[ResyncRequest] = field(default_factory=list)
+    pending: frozenset[Fence] = frozenset()  # blocks that are still under way
 
 
 class DraftLink(Protocol):
@@ -25,18 +26,32 @@ class DraftLink(Protocol):
     def available(self) -> bool:
         """Whether blocks can be asked for now."""
 
+    @property
+    def latency_s(self) -> float:
+        """Usual time from submitting work to its blocks; 0 where submit returns with them."""
+
+    @property
+    def deadline_s(self) -> float:
+        """How long after submitting work its blocks are waited for."""
+
     def submit(self, works: Sequence[DraftWork]) -> None:
         """Hand over one round's work; returns without waiting for a remote drafter."""
 
     def free(self, sessions: Iterable[str]) -> None:
         """Forget sessions."""
 
-    def collect(self, wanted: set[Fence]) -> DraftReplies:
-        """Replies so far; waits for `wanted` no longer than about one verification step."""
+    def collect(self, wait_s: float) -> DraftReplies:
+        """Replies so far; if there are none, waits for the next."""
+
+    def missed(self) -> None:
+        """Blocks did not come by their deadline and are no longer waited for."""
 
 
 class LocalDraftLink:
     """A drafter in the same process and thread: blocks are ready when submit returns."""
+
+    latency_s = 0.0
+    deadline_s = 0.0
 
     def __init__(self, engine: DraftEngine) -> None:
         self._engine = engine
@@ -58,7 +73,10 @@ class LocalDraftLink:
         for session in sessions:
             self._engine.free(session)
 
-    def collect(self, wanted: set[Fence]) -> DraftReplies:
+    def collect(self, wait_s: float) -> DraftReplies:
         """All replies there are."""
         replies, self._replies = self._replies, DraftReplies()
         return replies
+
+    def missed(self) -> None:
+        """Cannot happen here."""

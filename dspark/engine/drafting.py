@@ -16,7 +16,7 @@ from dspark.kernels.attention_plan import PAGE_SIZE, Pages, plan_attention
 from dspark.models.draft_forward import draft_forward
 from dspark.models.drafter import DSparkDrafter
 from dspark.models.kv_cache import PagedKVCache
-from dspark.types import BlockProposal, DraftWork, ResyncRequest
+from dspark.types import BlockProposal, DraftWork, Fence, ResyncRequest, SamplingParams
 
 CANDIDATES = 64  # K: entries of a sparse proposal law
 
@@ -24,8 +24,9 @@ CANDIDATES = 64  # K: entries of a sparse proposal law
 @dataclass(slots=True, eq=False)
 class _Session:
     epoch: int
-    pages: Pages  # of positions 0 on; 0 where the context window has passed
-    length: int  # context is known up to here
+    pages: Pages  # of positions 0 on; 0 where no context is held
+    begin: int  # context is known from here
+    length: int  # up to here
 
     @property
     def held(self) -> list[int]:
@@ -58,6 +59,20 @@ class DraftEngine:
     def sessions(self) -> int:
         """Sessions that hold context."""
         return len(self._sessions)
+
+    def warm_up(self) -> None:
+        """Pay for first uses, the cache's memory above all, before the first work comes."""
+        features = torch.zeros(1, self.config.hidden_size, dtype=self._dtype)
+        work = DraftWork(
+            fence=Fence("", 0, 0, 2),
+            feature_start=0,
+            features=features,
+            anchor_token_id=0,
+            block_size=self.config.block_size,
+            sampling=SamplingParams(temperature=0.0),
+        )
+        self.run([work])
+        self.free("")
 
     def free(self, session: str) -> None:
         """Forget a session; an unknown one is nothing to do."""
@@ -98,26 +113,33 @@ class DraftEngine:
         if session is not None and session.epoch != fence.epoch:
             self.free(fence.session)  # the request lives on another verifier now: start over
             session = None
-        have = 0 if session is None else session.length
         start, end = work.feature_start, work.feature_start + len(work.features)
-        seen_from = self._seen_from(max(have, end))
-        # A block needs features of all committed tokens but the anchor, no fewer; what lies before
-        # the window is not missed.
-        if (start > have and start > seen_from) or (
-            work.block_size and end != fence.committed_len - 1
-        ):
+        have = 0 if session is None else session.length
+        length = max(have, end)
+        seen_from = self._seen_from(length)
+        if session is None or start > have:
+            begin = start  # what was held before a gap is of no use
+        else:
+            begin = min(start, session.begin) if end >= session.begin else session.begin
+        if work.block_size:
+            # Features of all that the block sees, and of all committed tokens but the anchor.
+            if begin > seen_from:
+                return have if start > have else 0
+            if end != fence.committed_len - 1:
+                return have
+        elif begin and not self.config.context_window:
             return have
         if session is None:
-            session = _Session(fence.epoch, np.zeros(0, dtype=np.int32), 0)
+            session = _Session(fence.epoch, np.zeros(0, dtype=np.int32), 0, 0)
             self._sessions[fence.session] = session
         self._sessions.move_to_end(fence.session)
-        if not self._hold(session, fence.session, seen_from, max(have, end) + work.block_size):
+        if not self._hold(session, fence.session, max(begin, seen_from), length + work.block_size):
             self.free(fence.session)
             return 0
         first = max(start, seen_from)
         if end > first:
             rows.append(_Rows(fence.session, session, work.features[first - start :], first))
-        session.length = max(have, end)
+        session.begin, session.length = begin, length
         return None
 
     def _seen_from(self, length: int) -> int:

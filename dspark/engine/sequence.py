@@ -25,6 +25,7 @@ class Sequence:
     sent_features: int = 0  # positions whose features the draft side has been sent
     proposal: BlockProposal | None = None
     wanted_block: Fence | None = None  # a proposal is under way
+    asked_at: float = 0.0  # when it was asked for, on the monotonic clock
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

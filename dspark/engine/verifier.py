@@ -11,6 +11,7 @@ when there is room, its draws being named by position and round and not by time.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import torch
 from dspark.config import EngineConfig
 from dspark.decoding.acceptance import Verdict
 from dspark.engine.draft_link import DraftLink
+from dspark.engine.exchange import DraftExchange
+from dspark.engine.features import FeatureStore
 from dspark.engine.judge import Judged, judge
 from dspark.engine.pages import PagePool, page_keys
 from dspark.engine.sequence import Sequence, pages_for
@@ -35,19 +38,15 @@ from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.scheduling.survival import survival
 from dspark.types import (
-    BlockProposal,
-    DraftWork,
     FinishReason,
     Request,
     StepPlan,
     StepReport,
     VerificationPolicy,
     VerificationResult,
-    VerifyMode,
 )
 
-# Features of a long prompt go to the drafter in pieces, so that no message grows without bound.
-_MAX_FEATURE_ROWS = 512
+_SPLIT_GAIN = 0.95  # a round is halved for no less than this
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +84,26 @@ class VerifierEngine:
         self._times: RoundTimes | None = None
         self._gate: DraftGate | None = None
         self.eos_token_ids = eos_token_ids
-        self._projection = projection
-        self._link = link
+        self._exchange: DraftExchange | None = None
+        if link is not None:
+            self._exchange = DraftExchange(link, target.vocab_size, context_window)
         self._block_size = config.block_size or block_size
-        self._context_window = context_window  # features before it are not missed; 0: all are
         self._plan = StepPlan(policy=VerificationPolicy(config.policy))
         self._plan_until = float("inf")
         pages = pages_for(config.cache_tokens) + 1
         self._pages = PagePool(pages)
         self._kv = PagedKVCache(pages, target.device)
-        self._features: torch.Tensor | None = None  # [slots, d], beside the KV pages
+        self._features: FeatureStore | None = None
+        if projection is not None:
+            self._features = FeatureStore(projection, self._kv.num_slots)
         self._waiting: deque[Sequence] = deque()
         self._running: dict[str, Sequence] = {}  # in order of admission
         self._steps = 0
         self._forward_ended: float | None = None
-        self._asked = False  # blocks have been asked for in the round that ends with the next step
+        self._asked = 0  # length of blocks asked for in the round that ends with the next step
+        self._drafting = 0  # length of blocks that the gate last let through
+        self._promised = 0.0  # draft tokens of this step that should be accepted
+        self._rows = 1.0  # target rows of a request in the last step that decoded
         self.preemptions = 0
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
         self.last_report: StepReport | None = None
@@ -113,6 +117,17 @@ class VerifierEngine:
     def table(self, table: StepTimeTable) -> None:
         self._times = RoundTimes(table)
         self._gate = DraftGate(self._times)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Pay for first uses, the cache's memory above all, before the first request comes."""
+        row = torch.zeros(1, dtype=torch.int64, device=self.target.device)
+        page = np.ones(1, dtype=np.int32)
+        plan = plan_attention([page], [0], [1], self.target.device)
+        out = self.target.forward(TargetBatch(row, plan, row), self._kv)
+        if self._features is not None and out.taps is not None:
+            self._features.keep(out.taps, plan.slots)
+            self._features.rows(plan.slots)
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -184,11 +199,13 @@ class VerifierEngine:
         self._admit()
         if not self._running:
             return []
-        started = time.perf_counter()
-        self._collect()
-        waited_ms = (time.perf_counter() - started) * 1e3
+        waited_ms = 0.0
+        if self._exchange is not None:
+            waited_ms = self._exchange.receive(self._running, self._patience)
         self._make_room()
         turns = self._plan_turns()
+        if not turns:
+            return []  # those who were ready gave their pages to those who are drafted for
         forward_started = time.perf_counter()
         judged = self._forward(turns)
         ended = time.perf_counter()
@@ -248,8 +265,8 @@ class VerifierEngine:
     def _let_go(self, sequence: Sequence) -> None:
         """A request is over: its pages and its draft session."""
         self._pages.release(sequence.give_up())
-        if self._link is not None:
-            self._link.free([sequence.session])
+        if self._exchange is not None:
+            self._exchange.free(sequence.session)
 
     def _make_room(self) -> None:
         """Pages for all that this step may compute; the oldest requests come first."""
@@ -282,45 +299,13 @@ class VerifierEngine:
         ):
             self._pages.name(page, key)
 
-    def _collect(self) -> None:
-        """Match proposals to the requests that want them; anything stale is dropped here."""
-        if self._link is None:
-            return
-        wanted = {s.wanted_block for s in self._running.values() if s.wanted_block is not None}
-        replies = self._link.collect(wanted)
-        for proposal in replies.proposals:
-            sequence = self._running.get(proposal.fence.session)
-            if (
-                sequence is not None
-                and sequence.wanted_block == proposal.fence
-                and self._usable(proposal, sequence)
-            ):
-                sequence.proposal = proposal
-        for resync in replies.resyncs:
-            sequence = self._running.get(resync.session)
-            if sequence is not None and sequence.request.epoch == resync.epoch:
-                sequence.sent_features = min(sequence.sent_features, resync.have_len)
-        for sequence in self._running.values():
-            sequence.wanted_block = None  # what has not come by now belongs to a past round
-
-    def _usable(self, proposal: BlockProposal, sequence: Sequence) -> bool:
-        """Whether a block can be verified: known tokens, no more than asked for, and its law."""
-        tokens, sampling = proposal.token_ids, sequence.request.sampling
-        needs_law = sampling.mode is VerifyMode.REJECTION and not sampling.greedy
-        return (
-            0 < len(tokens) < sequence.remaining
-            and int(tokens.min()) >= 0
-            and int(tokens.max()) < self.target.vocab_size
-            and not (needs_law and proposal.candidate_ids is None)
-        )
-
     def _plan_turns(self) -> list[_Turn]:
-        """Who takes part, and with how many rows."""
-        running = list(self._running.values())
-        decoding = [s for s in running if s.decoding and s.computed]
+        """Who takes part, and with how many rows: all but those whose blocks are under way."""
+        ready = [s for s in self._running.values() if s.wanted_block is None]
+        decoding = [s for s in ready if s.decoding and s.computed]
         turns: list[_Turn] = []
         budget = self._prefill_budget(len(decoding))
-        for sequence in running:
+        for sequence in ready:
             if sequence.decoding and sequence.computed:
                 continue
             rows = min(len(sequence.tokens) - sequence.computed, budget)
@@ -329,9 +314,43 @@ class VerifierEngine:
                 end = sequence.computed + rows
                 turns.append(_Turn(sequence, rows, 0, end == len(sequence.tokens)))
         prefill = sum(turn.rows for turn in turns)
+        if len(decoding) == len(self._running) and self._halves_pay():
+            # The others keep their blocks, and are stepped while these are drafted for.
+            decoding = decoding[: (len(decoding) + 1) // 2]
         lengths = self._plan_verification(decoding, prefill)
         turns += [_Turn(s, n + 1, n, True) for s, n in zip(decoding, lengths, strict=True)]
         return turns
+
+    def _patience(self, under_way: list[Sequence]) -> float:
+        """Seconds to wait for blocks before stepping without those who wait for them.
+
+        One step for all takes less time than two. While the wait is shorter than that, it pays;
+        those who are late are waited for as long, and no longer.
+        """
+        others = [s for s in self._running.values() if s.wanted_block is None]
+        times, exchange = self._times, self._exchange
+        if not others or times is None or exchange is None:
+            return math.inf  # until the deadline
+        prefill = sum(len(s.tokens) - s.computed for s in others if not s.decoding)
+        decoding = sum(s.decoding for s in others)
+        tokens = round(decoding * self._rows) + min(prefill, self._prefill_budget(decoding))
+        saving_ms = times.merging_saves_ms(
+            (len(others), max(tokens, len(others))),
+            (len(under_way), round(len(under_way) * self._rows)),
+        )
+        passed_ms = (time.monotonic() - max(s.asked_at for s in under_way)) * 1e3
+        if exchange.latency_ms - passed_ms > saving_ms:
+            return 0.0
+        return (max(exchange.latency_ms, saving_ms) - passed_ms) / 1e3
+
+    def _halves_pay(self) -> bool:
+        """Whether to let drafting and verification overlap."""
+        times, exchange, count = self._times, self._exchange, len(self._running)
+        if times is None or exchange is None or not exchange.latency_ms or not self._drafting:
+            return False
+        tokens, size = round(count * self._rows), self._drafting
+        halved = times.overlapped_ms(count, tokens, size, exchange.latency_ms)
+        return halved < _SPLIT_GAIN * times.curve(count, size)(tokens)
 
     def _prefill_budget(self, decoding: int) -> int:
         """Prompt tokens that this step may hold: those who decode are not to stall behind them."""
@@ -348,7 +367,7 @@ class VerifierEngine:
         plan = self._current_plan()
         blocks = [s.proposal for s in decoding]
         sizes = [0 if block is None else len(block.token_ids) for block in blocks]
-        if plan.policy is VerificationPolicy.OFF:
+        if plan.policy is VerificationPolicy.OFF or not any(sizes):
             return [0] * len(decoding)
         times, gate = self._times, self._gate
         if plan.policy is VerificationPolicy.FIXED or times is None or gate is None:
@@ -360,12 +379,18 @@ class VerifierEngine:
             for block in blocks
         ]
         gate.record([block for block in survivals if len(block)])
-        return plan_lengths(
+        # Waiting is over when a step is planned; but a round that waited is worth more tokens.
+        alone = len(decoding) == len(self._running)
+        lengths = plan_lengths(
             survivals,
-            lambda tokens: times.round_ms(len(decoding), tokens),
+            times.curve(max(1, len(decoding)), self._asked or self._block_size, waits=alone),
             extra_tokens=prefill,
             max_draft_tokens=plan.max_draft_tokens,
         )
+        self._promised = sum(
+            float(block[:n].sum()) for block, n in zip(survivals, lengths, strict=True)
+        )
+        return lengths
 
     def _current_plan(self) -> StepPlan:
         if time.monotonic() > self._plan_until:
@@ -397,8 +422,8 @@ class VerifierEngine:
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
         )
         out = self.target.forward(batch, self._kv)
-        if self._projection is not None and out.taps is not None:
-            self._keep_features(out.taps, plan.slots)
+        if self._features is not None and out.taps is not None:
+            self._features.keep(out.taps, plan.slots)
         emitting = [i for i, turn in enumerate(turns) if turn.emits]
         judged = [
             Judged(turns[i].sequence.request, turns[i].sequence.fence(),
@@ -406,14 +431,6 @@ class VerifierEngine:
             for i in emitting
         ]  # fmt: skip
         return dict(zip(emitting, judge(out.logits, judged), strict=True))
-
-    def _keep_features(self, taps: torch.Tensor, slots: torch.Tensor) -> None:
-        """Project tapped rows and keep them in pages; rows of refused drafts get overwritten."""
-        assert self._projection is not None
-        features = self._projection(taps)
-        if self._features is None:
-            self._features = features.new_zeros(self._kv.num_slots, features.shape[-1])
-        self._features.index_copy_(0, slots, features)
 
     def _commit(self, turn: _Turn, verdict: Verdict) -> VerificationResult:
         sequence, proposal = turn.sequence, turn.sequence.proposal
@@ -436,48 +453,21 @@ class VerifierEngine:
 
     def _ask_for_blocks(self, sequences: list[Sequence]) -> None:
         """Send new features and anchors, where a block can still be of use."""
-        link, plan = self._link, self._current_plan()
-        if link is None or not link.available or plan.policy is VerificationPolicy.OFF:
-            return
-        adaptive = plan.policy is VerificationPolicy.ADAPTIVE
-        if adaptive and self._gate is not None and not self._gate.open(len(self._running)):
+        exchange, features, plan = self._exchange, self._features, self._current_plan()
+        self._drafting = 0
+        if (
+            exchange is None
+            or features is None
+            or plan.policy is VerificationPolicy.OFF
+            or not exchange.available
+        ):
             return  # features wait in their pages and go out when drafting resumes
-        works: list[DraftWork] = []
-        for sequence in sequences:
-            size = min(plan.block_size or self._block_size, sequence.remaining - 1)
-            live = sequence.finish_reason is None and sequence.request.sampling.speculate
-            if live and sequence.decoding and sequence.computed and size > 0:
-                works += self._works(sequence, size)
-        if works:
-            self._asked = True
-            link.submit(works)
-
-    def _works(self, sequence: Sequence, size: int) -> list[DraftWork]:
-        assert self._features is not None
-        fence = sequence.fence()
-        works = []
-        start = sequence.sent_features
-        if self._context_window:
-            start = max(start, sequence.computed - self._context_window)
-        while True:
-            end = min(start + _MAX_FEATURE_ROWS, sequence.computed)
-            last = end == sequence.computed
-            works.append(
-                DraftWork(
-                    fence=fence,
-                    feature_start=start,
-                    features=self._features[torch.from_numpy(sequence.slots(start, end))],
-                    anchor_token_id=sequence.tokens[-1],
-                    block_size=size if last else 0,
-                    sampling=sequence.request.sampling,
-                )
-            )
-            start = end
-            if last:
-                break
-        sequence.sent_features = sequence.computed
-        sequence.wanted_block = fence
-        return works
+        size = plan.block_size or self._block_size
+        if plan.policy is VerificationPolicy.ADAPTIVE and self._gate is not None:
+            size = self._gate.block_size(len(self._running), size, exchange.latency_ms)
+            self._drafting = size
+        if exchange.ask(sequences, features, size):
+            self._asked = size
 
     # -- accounts -----------------------------------------------------------------------------
 
@@ -490,18 +480,26 @@ class VerifierEngine:
         round_ms: float | None,
     ) -> None:
         self._steps += 1
-        asked, self._asked = self._asked, False
+        asked, self._asked = self._asked, 0
+        under_way = any(s.wanted_block is not None for s in self._running.values())
         decode = [turn for turn in turns if turn.emits]
         drafted = sum(result.drafted for result in results)
         prefill = sum(turn.rows for turn in turns) - sum(turn.logit_rows for turn in turns)
-        if self._times is not None and decode and not prefill and round_ms is not None:
+        learns = self._current_plan().policy is VerificationPolicy.ADAPTIVE
+        if learns and self._times is not None and decode and not prefill and round_ms is not None:
             self._times.record(
                 requests=len(decode),
                 tokens=sum(turn.rows for turn in turns),
                 drafted=asked,
                 step_ms=step_ms,
                 round_ms=round_ms,
+                waited_ms=waited_ms,
+                overlapped=under_way,
             )
+            self._rows = sum(turn.rows for turn in turns) / len(decode)
+        if self._gate is not None and self._promised:
+            self._gate.settle(self._promised, sum(result.accepted for result in results))
+            self._promised = 0.0
         width = self._block_size
         _, waiting, free, total = self.load
         self.last_report = StepReport(

@@ -1,20 +1,33 @@
-"""Tokens a second at several concurrencies, with drafting off, fixed and adaptive, in turn.
+"""Tokens a second at several concurrencies: no drafting, blocks of fixed lengths, and adaptive.
 
-The arms take turns within each round (off, fixed, adaptive, off, …), so that a machine whose speed
-drifts favours none, and the medians of the rounds are compared.
+So many users are served at once, each asking again as soon as it is answered, while the arms take
+short turns: off, fixed, adaptive, off, … A machine whose speed drifts, by the second where others
+share it, then favours none, and a round's ratios say more than any arm's speed.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dspark.engine.llm import LLM
-from dspark.types import SamplingParams, StepPlan, VerificationPolicy
+from dspark.types import Request, SamplingParams, StepPlan, VerificationPolicy, VerificationResult
 
-ARMS = (VerificationPolicy.OFF, VerificationPolicy.FIXED, VerificationPolicy.ADAPTIVE)
+_FOR_LONG_S = 3600.0
+
+
+def arms(fixed_lengths: Sequence[int] = (0,)) -> dict[str, StepPlan]:
+    """What is compared, by name; a fixed length of 0 is the drafter's own γ."""
+    plans = {"off": StepPlan(policy=VerificationPolicy.OFF, valid_for_s=_FOR_LONG_S)}
+    for length in fixed_lengths:
+        plans[f"fixed {length}" if length else "fixed"] = StepPlan(
+            policy=VerificationPolicy.FIXED, block_size=length, valid_for_s=_FOR_LONG_S
+        )
+    plans["adaptive"] = StepPlan(policy=VerificationPolicy.ADAPTIVE, valid_for_s=_FOR_LONG_S)
+    return plans
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +37,7 @@ class ThroughputCell:
     concurrency: int
     arm: str
     tokens_per_s: float
+    against_off: float  # of the tokens a second of the same round
     accepted_length: float
     verified_per_step: float  # draft tokens let into the forward, a request and step
     rounds: int
@@ -36,46 +50,93 @@ def measure(
     concurrencies: Sequence[int],
     max_tokens: int,
     rounds: int,
+    fixed_lengths: Sequence[int] = (0,),
+    turn_s: float = 1.0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ThroughputCell]:
-    """Greedy generations to exactly `max_tokens`, prompts repeated to fill a concurrency.
-
-    Stop tokens are ignored, so that every arm does the same work; timed from the first prompt's
-    arrival to the last token, prefill included.
-    """
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    """Greedy answers of exactly `max_tokens` to `prompts` in turn, whatever stop tokens come."""
     cells = []
-    total, done = len(concurrencies) * rounds * len(ARMS), 0
+    plans = arms(fixed_lengths)
+    total, done = len(concurrencies) * rounds * len(plans), 0
     stops, llm.verifier.eos_token_ids = llm.verifier.eos_token_ids, ()
     try:
         for concurrency in concurrencies:
-            batch = [prompts[i % len(prompts)] for i in range(concurrency)]
-            samples: dict[str, list[tuple[float, float, float]]] = {arm: [] for arm in ARMS}
+            users = _Users(llm, prompts, concurrency, max_tokens)
+            turns: dict[str, list[_Turn]] = {arm: [] for arm in plans}
             for _ in range(rounds):
-                for arm in ARMS:
-                    llm.verifier.set_plan(StepPlan(policy=arm, valid_for_s=3600.0))
-                    samples[arm].append(_one(llm, batch, sampling))
+                for arm, plan in plans.items():
+                    llm.verifier.set_plan(plan)
+                    turns[arm].append(users.work(turn_s))
                     done += 1
                     on_progress(done, total)
-            for arm in ARMS:
-                speed, length, verified = (
-                    statistics.median(column) for column in zip(*samples[arm], strict=True)
+            users.leave()
+            for arm, of_arm in turns.items():
+                ratios = [
+                    turn.tokens_per_s / off.tokens_per_s
+                    for turn, off in zip(of_arm, turns["off"], strict=True)
+                ]
+                cells.append(
+                    ThroughputCell(
+                        concurrency,
+                        arm,
+                        statistics.median(turn.tokens_per_s for turn in of_arm),
+                        statistics.median(ratios),
+                        statistics.median(turn.accepted_length for turn in of_arm),
+                        statistics.median(turn.verified_per_step for turn in of_arm),
+                        rounds,
+                    )
                 )
-                cells.append(ThroughputCell(concurrency, arm, speed, length, verified, rounds))
     finally:
         llm.verifier.eos_token_ids = stops
         llm.verifier.set_plan(StepPlan(valid_for_s=0.0))
     return cells
 
 
-def _one(llm: LLM, batch: list[str], sampling: SamplingParams) -> tuple[float, float, float]:
-    started = time.perf_counter()
-    generations = llm.generate(batch, sampling)
-    took = time.perf_counter() - started
-    tokens = sum(len(g.token_ids) for g in generations)
-    steps = sum(g.steps - 1 for g in generations)
-    return (
-        tokens / took,
-        (tokens - len(generations)) / max(1, steps),
-        sum(g.verified for g in generations) / max(1, steps),
-    )
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    tokens_per_s: float
+    accepted_length: float
+    verified_per_step: float
+
+
+class _Users:
+    """So many requests are always under way, none begun at the same time as another."""
+
+    def __init__(self, llm: LLM, prompts: Sequence[str], count: int, max_tokens: int) -> None:
+        self._verifier = llm.verifier
+        self._prompts = itertools.cycle([llm.chat_prompt(prompt) for prompt in prompts])
+        self._max_tokens = max_tokens
+        self._names = map(str, itertools.count())
+        self._live: set[str] = set()
+        for i in range(count):
+            self._ask(max(1, max_tokens * (i + 1) // count))
+        while self._verifier.load[1]:
+            self._step()
+
+    def _ask(self, max_tokens: int) -> None:
+        name = next(self._names)
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        self._verifier.add(Request(name, next(self._prompts), sampling))
+        self._live.add(name)
+
+    def _step(self) -> list[VerificationResult]:
+        results = self._verifier.step()
+        for result in results:
+            if result.finish_reason is not None:
+                self._live.remove(result.request_id)
+                self._ask(self._max_tokens)
+        return results
+
+    def work(self, seconds: float) -> _Turn:
+        """Serve for about so long."""
+        results: list[VerificationResult] = []
+        started = time.perf_counter()
+        while (took := time.perf_counter() - started) < seconds:
+            results += self._step()
+        tokens = sum(len(result.token_ids) for result in results)
+        verified = sum(result.verified for result in results)
+        return _Turn(tokens / took, tokens / len(results), verified / len(results))
+
+    def leave(self) -> None:
+        for name in self._live:
+            self._verifier.abort(name)

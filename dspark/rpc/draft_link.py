@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import grpc
 
@@ -29,13 +30,22 @@ PROTOCOL_VERSION = 1
 
 _FIRST_DEADLINE_S = 0.5  # before anything has been measured
 _SHORTEST_DEADLINE_S = 0.01
-_DEADLINE_FACTOR = 4.0  # of the usual round trip
+_DEADLINE_FACTOR = 4.0  # of the usual latency
+_LATENCY_WEIGHT = 0.1  # of the newest in the running mean
 _MISSES_TO_OPEN = 3  # deadlines missed in a row before the link is left alone for a while
 _FIRST_REST_S = 0.25
 _LONGEST_REST_S = 8.0
 _WELCOME_TIMEOUT_S = 5.0
 _RECONNECT_S = (0.1, 2.0)  # first and longest pause
 _MAX_BATCH_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Blocks that one batch wants."""
+
+    at: float
+    fences: frozenset[Fence]
 
 
 class RemoteDraftLink:
@@ -57,9 +67,10 @@ class RemoteDraftLink:
         self._outgoing: asyncio.Queue[pb.ConnectRequest] | None = None  # None: no stream
         self._credits = 0
         self._sequence = 0
-        self._sent_at: dict[int, float] = {}  # batch -> time, of batches that want blocks
+        self._asked: dict[int, _Asked] = {}  # by batch, of batches that want blocks
         self._replies = DraftReplies()
-        self._block_s = 0.0
+        self._latency_s = 0.0
+        self._arrived = False  # a reply since the last look
         self._misses = 0
         self._rest_s = _FIRST_REST_S
         self._rest_until = 0.0
@@ -73,63 +84,72 @@ class RemoteDraftLink:
             up = self._outgoing is not None and self._credits > 0
             return up and time.monotonic() >= self._rest_until
 
+    @property
+    def latency_s(self) -> float:
+        """Running mean of the time from submitting work to its blocks; 0 before the first."""
+        with self._state:
+            return self._latency_s
+
+    @property
+    def deadline_s(self) -> float:
+        """Some times the latency."""
+        with self._state:
+            return self._deadline_s()
+
     def submit(self, works: Sequence[DraftWork]) -> None:
         """Send one round's work, in batches of bounded size."""
         batch: list[pb.DraftWork] = []
         size = 0
-        wants_blocks = False
+        fences: set[Fence] = set()
         for work in works:
             message = work_to_pb(work)
             if batch and size + len(message.features) > _MAX_BATCH_BYTES:
-                self._send_batch(batch, wants_blocks)
-                batch, size, wants_blocks = [], 0, False
+                self._send_batch(batch, fences)
+                batch, size, fences = [], 0, set()
             batch.append(message)
             size += len(message.features)
-            wants_blocks = wants_blocks or work.block_size > 0
+            if work.block_size:
+                fences.add(work.fence)
         if batch:
-            self._send_batch(batch, wants_blocks)
+            self._send_batch(batch, fences)
 
     def free(self, sessions: Iterable[str]) -> None:
         """Tell the draft side to forget sessions."""
         with self._state:
             self._send(pb.ConnectRequest(free=pb.FreeSessions(sessions=list(sessions))))
 
-    def collect(self, wanted: set[Fence]) -> DraftReplies:
-        """Replies so far; waits for `wanted` until the deadline or the stream's end."""
+    def collect(self, wait_s: float) -> DraftReplies:
+        """Replies so far; if there are none, waits for the next or the stream's end."""
         with self._state:
-            if wanted:
-                # Batches are answered in order, and each is answered, if only by a resync request.
-                complete = self._state.wait_for(
-                    lambda: self._outgoing is None or not self._sent_at, self._deadline_s()
-                )
-                self._note(on_time=complete and self._outgoing is not None)
+            if self._asked:
+                self._state.wait_for(lambda: self._arrived or self._outgoing is None, wait_s)
+            self._arrived = False
             replies, self._replies = self._replies, DraftReplies()
+            replies.pending = frozenset().union(*(asked.fences for asked in self._asked.values()))
             return replies
 
-    def _deadline_s(self) -> float:
-        if not self._block_s:
-            return _FIRST_DEADLINE_S
-        return min(max(_DEADLINE_FACTOR * self._block_s, _SHORTEST_DEADLINE_S), _FIRST_DEADLINE_S)
-
-    def _note(self, on_time: bool) -> None:
+    def missed(self) -> None:
         """Count deadlines missed in a row; too many, and the link rests, longer each time."""
-        if on_time:
-            self._misses, self._rest_s = 0, _FIRST_REST_S
-            return
-        self._misses += 1
-        if self._misses >= _MISSES_TO_OPEN and self._outgoing is not None:
-            self._rest_until = time.monotonic() + self._rest_s
-            self._rest_s = min(2 * self._rest_s, _LONGEST_REST_S)
-            self._misses = 0
+        with self._state:
+            self._misses += 1
+            if self._misses >= _MISSES_TO_OPEN and self._outgoing is not None:
+                self._rest_until = time.monotonic() + self._rest_s
+                self._rest_s = min(2 * self._rest_s, _LONGEST_REST_S)
+                self._misses = 0
 
-    def _send_batch(self, works: list[pb.DraftWork], wants_blocks: bool) -> None:
+    def _deadline_s(self) -> float:
+        if not self._latency_s:
+            return _FIRST_DEADLINE_S
+        return min(max(_DEADLINE_FACTOR * self._latency_s, _SHORTEST_DEADLINE_S), _FIRST_DEADLINE_S)
+
+    def _send_batch(self, works: list[pb.DraftWork], fences: set[Fence]) -> None:
         with self._state:
             if self._credits <= 0:
                 return  # the gap that this leaves is answered by resync requests
             self._credits -= 1
             self._sequence += 1
-            if wants_blocks:
-                self._sent_at[self._sequence] = time.perf_counter()
+            if fences:
+                self._asked[self._sequence] = _Asked(time.perf_counter(), frozenset(fences))
             self._send(pb.ConnectRequest(work=pb.WorkBatch(sequence=self._sequence, works=works)))
 
     def _send(self, message: pb.ConnectRequest) -> None:
@@ -224,10 +244,14 @@ class RemoteDraftLink:
         with self._state:
             self._credits += 1
             self._rest_until = 0.0  # it answers, however late
-            sent = self._sent_at.pop(reply.sequence, None)
-            if sent is not None:
-                took = time.perf_counter() - sent
-                self._block_s = 0.9 * self._block_s + 0.1 * took if self._block_s else took
+            self._arrived = True
+            asked = self._asked.pop(reply.sequence, None)
+            if asked is not None:
+                took = time.perf_counter() - asked.at
+                if took <= self._deadline_s():
+                    self._misses, self._rest_s = 0, _FIRST_REST_S
+                old = self._latency_s or took
+                self._latency_s = old + _LATENCY_WEIGHT * (took - old)
             self._replies.proposals.extend(proposals)
             self._replies.resyncs.extend(resync_from_pb(r) for r in reply.resyncs)
             self._state.notify_all()
@@ -237,7 +261,7 @@ class RemoteDraftLink:
         with self._state:
             self._outgoing = outgoing
             self._credits = max(1, welcome.credits)
-            self._sent_at.clear()
+            self._asked.clear()
             self._misses, self._rest_until, self._rest_s = 0, 0.0, _FIRST_REST_S
             self._state.notify_all()
         return outgoing
@@ -246,7 +270,7 @@ class RemoteDraftLink:
         with self._state:
             self._outgoing = None
             self._credits = 0
-            self._sent_at.clear()
+            self._asked.clear()
             self._state.notify_all()
 
 

@@ -1,14 +1,15 @@
-"""Whether drafting pays at all (promise: never slower than without).
+"""Whether drafting pays at all, and how long a block (promise: never slower than without).
 
-Algorithm 1 sees the block when it has been paid for, and can only trim. Under a load where nothing
+Algorithm 1 sees the block when it has been paid for, and can only trim. Under a load where little
 of a block is worth verifying, the drafting itself is the loss. The gate asks what rounds with
-blocks like the latest ones would bring at the load at hand, drafting included, and compares with
-rounds without. What it knows of blocks holds at every load; what it knows of times, it learns by
-load, and a load that it has not seen is tried.
+blocks like the latest ones would bring at the load at hand, drafting included, for each length that
+it might ask for, and compares with rounds without. What it knows of blocks holds at every load;
+what it knows of times, it learns by load, and a load that it has not seen is tried.
 
 While it is closed, a few rounds in a row are drafted now and then, since texts change and machines
 do: the first rounds after a start are often slow. Pauses double until the time that this takes is a
-small share.
+small share. While it is open, every so often another length is asked for than the best, for the
+same reason.
 
 It looks at blocks of the past only, never at the one at hand, so it cannot bias what is emitted.
 """
@@ -18,74 +19,128 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from dspark.scheduling.planner import plan_lengths
+import numpy as np
+
 from dspark.scheduling.round_times import RoundTimes
 from dspark.types import FloatArray
 
 _BLOCKS = 128  # remembered
-_SAMPLES = 16  # rounds that are imagined for an estimate
 _EVERY = 16  # rounds between estimates
+_EXPLORE = 32  # rounds between lengths that are asked for to learn
 _PROBE_ROUNDS = 3  # in a row, so that what only the first of them suffers from does not count
 _PROBE_SHARE = 0.004  # of the time, spent on probing in the long run
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 2048  # rounds
 _LEAST_GAIN = 1.0
 _CLOSE_BELOW = 0.995  # hysteresis: an open gate is closed by less than this
+_BETTER = 1.02  # another length replaces the one in use if it brings this much more
+_USUAL_WEIGHT = 0.05  # of the latest round
+_OUTCOMES = 256.0  # accepted tokens that the yield is over
+_PRIOR = 16.0  # tokens' worth of belief in the confidences
 
 
 class DraftGate:
-    """Open: blocks are asked for. One gate a verifier, asked once a round."""
+    """Asked once a round how long the next blocks should be. One gate a verifier."""
 
     def __init__(self, times: RoundTimes) -> None:
         self._times = times
-        self._blocks: deque[FloatArray] = deque(maxlen=_BLOCKS)
-        self._paying = True
+        self._blocks: deque[FloatArray] = deque(maxlen=_BLOCKS)  # all of one length
+        self._usual = np.ones(0, dtype=np.float32)  # chance of each position, given the one before
+        self._promised = self._accepted = _PRIOR  # of draft tokens that were verified
+        self._size = 0  # that pays best; 0: none pays
+        self._best = 0  # that loses least
         self._requests = 0  # of the last estimate
-        self._age = 0  # rounds since
+        self._rounds = 0  # since the start
+        self._age = 0  # rounds since the last estimate
         self._pause = _FIRST_PAUSE  # the next one
         self._rest = 0  # rounds that are left of the pause under way
         self._probe = 0  # and of the probe after it
 
     def record(self, survivals: Sequence[FloatArray]) -> None:
-        """Blocks that were drafted."""
-        self._blocks.extend(survivals)
+        """Blocks that were drafted. What short ones do not say is taken from the usual."""
+        for length in sorted({len(block) for block in survivals}, reverse=True):
+            blocks = np.stack([block for block in survivals if len(block) == length])
+            chances = blocks / np.pad(blocks[:, :-1], ((0, 0), (1, 0)), constant_values=1.0)
+            latest = chances.mean(axis=0)
+            if length > len(self._usual):
+                self._usual = np.append(self._usual, latest[len(self._usual) :])
+                self._blocks.clear()  # once or twice, at the start
+            self._usual[:length] += _USUAL_WEIGHT * (latest - self._usual[:length])
+            tail = np.cumprod(self._usual[length:])
+            self._blocks.extend(np.concatenate([blocks, blocks[:, -1:] * tail], axis=1))
 
-    def open(self, requests: int) -> bool:
-        """Whether to draft for a coming round of `requests` requests."""
+    def settle(self, promised: float, accepted: int) -> None:
+        """Of the draft tokens of one step, how many should have survived, and how many did."""
+        self._promised += promised
+        self._accepted += accepted
+        if self._accepted > _OUTCOMES:
+            self._promised, self._accepted = 0.5 * self._promised, 0.5 * self._accepted
+
+    def block_size(self, requests: int, most: int, latency_ms: float = 0.0) -> int:
+        """Tokens to draft for each of `requests` requests, at most `most`; 0: none.
+
+        `latency_ms`: how long after they are asked for blocks come, if other steps may run
+        meanwhile.
+        """
         if not self._blocks or not self._times.drafting_known(requests):
-            return True
+            return most
+        self._rounds += 1
         self._age += 1
-        probed = not self._paying and self._rest == 0 and self._probe == 0
-        if probed or requests != self._requests or self._age >= _EVERY:
+        in_pause = self._rest or self._probe  # when nothing new is learnt
+        if (self._age >= _EVERY if self._size else not in_pause) or requests != self._requests:
             self._requests, self._age = requests, 0
-            gain = self.gain(requests)
-            self._paying = gain > (_CLOSE_BELOW if self._paying else _LEAST_GAIN)
-        if self._paying:
+            self._estimate(requests, most, latency_ms)
+        if self._size:
             self._pause, self._rest, self._probe = _FIRST_PAUSE, 0, 0
-            return True
+            explores = self._rounds % _EXPLORE == 0
+            return self._another(most) if explores else min(self._size, most)
         if self._rest == 0 and self._probe == 0:
             self._rest, self._probe = self._pause, _PROBE_ROUNDS
-            cost = self._times.draft_ms(requests) / self._times.plain_ms(requests)
+            cost = self._times.draft_ms(requests, most) / self._times.plain_ms(requests)
             enough = _PROBE_ROUNDS * cost / _PROBE_SHARE
             self._pause = int(min(2 * self._pause, max(enough, _FIRST_PAUSE), _LONGEST_PAUSE))
         if self._rest:
             self._rest -= 1
-            return False
+            return 0
         self._probe -= 1
-        return True
+        # The whole block first, to see the text as it is now; then what may pay.
+        return most if self._probe == _PROBE_ROUNDS - 1 else min(self._best or most, most)
 
-    def gain(self, requests: int) -> float:
-        """Expected tokens a second with drafting, over those without."""
+    def _another(self, most: int) -> int:
+        turn, sizes = self._rounds // _EXPLORE, _sizes(most)
+        # Only whole blocks say what later positions are worth.
+        return most if turn % 2 else sizes[turn // 2 % len(sizes)]
 
-        def round_ms(tokens: int) -> float:
-            return self._times.round_ms(requests, tokens)
+    def _estimate(self, requests: int, most: int, latency_ms: float) -> None:
+        gains = {size: self.gain(requests, size, latency_ms) for size in _sizes(most)}
+        best = max(gains, key=lambda size: gains[size])
+        if gains.get(self._size, 0.0) * _BETTER > gains[best]:
+            best = self._size
+        self._best = best
+        self._size = best if gains[best] > (_CLOSE_BELOW if self._size else _LEAST_GAIN) else 0
 
-        blocks = list(self._blocks)
-        committed = took_ms = 0.0
-        for sample in range(max(1, min(_SAMPLES, len(blocks) // requests))):
-            # The latest come first; few blocks stand for many requests by coming again.
-            chosen = [blocks[-1 - (sample * requests + r) % len(blocks)] for r in range(requests)]
-            lengths = plan_lengths(chosen, round_ms)
-            pairs = zip(chosen, lengths, strict=True)
-            committed += requests + sum(float(block[:n].sum()) for block, n in pairs)
-            took_ms += round_ms(requests + sum(lengths))
-        return (committed / took_ms) / (requests / self._times.plain_ms(requests))
+    def gain(self, requests: int, size: int, latency_ms: float = 0.0) -> float:
+        """Expected tokens a second with blocks of `size` tokens, over those without.
+
+        Draft tokens are admitted by survival, as Algorithm 1 does, from all remembered blocks as
+        one: that is what many requests do on the average.
+        """
+        blocks = np.stack(self._blocks)[:, :size]
+        survivals = np.sort(blocks, axis=None)[::-1].astype(np.float64)
+        counts = np.arange(len(survivals) + 1)
+        round_ms = self._times.curve(requests, size)
+        tokens = requests * (1.0 + counts / len(blocks))
+        whole_tokens = np.arange(requests, requests * (1 + size) + 1)
+        took_ms = np.interp(tokens, whole_tokens, [round_ms(int(b)) for b in whole_tokens])
+        accepted = np.concatenate([[0.0], np.cumsum(survivals)]) / len(blocks)
+        committed = requests * (1.0 + accepted * (self._accepted / self._promised))
+        best = int(np.argmax(committed / took_ms))
+        least_ms = float(took_ms[best])
+        if latency_ms:
+            halved = self._times.overlapped_ms(requests, round(tokens[best]), size, latency_ms)
+            least_ms = min(least_ms, halved)
+        return float(committed[best]) / least_ms / (requests / self._times.plain_ms(requests))
+
+
+def _sizes(most: int) -> list[int]:
+    """Lengths that are worth telling apart."""
+    return [size for size in (1, 2, 3, 5, 7, 10, 15) if size < most] + [most]

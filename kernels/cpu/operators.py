@@ -382,6 +382,7 @@ class DecoderLayers:
                     _expect(norm, size)
         self._windows = windows
         self._held = layers  # the structs below point into these
+        self._pages: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(layers)
         self._structs = (_LayerStruct * len(layers))()
         for struct, layer in zip(self._structs, layers, strict=True):
             for name in LAYER_TENSORS:
@@ -409,10 +410,14 @@ class DecoderLayers:
         _expect(plan.reach, rows, dtype=torch.int64, multiple=1)
         _expect(plan.slots, rows, dtype=torch.int64, multiple=1)
         for i, (keys, values) in zip(range(first, last), pages, strict=True):
-            _expect_pages(keys, values, shape.kv_heads, shape.width)
             struct = self._structs[i]
-            struct.keys, struct.values = keys.data_ptr(), values.data_ptr()
             struct.window = plan.window or self._windows[i] or 0
+            held = self._pages[i]
+            if held is not None and held[0] is keys and held[1] is values:
+                continue  # the same cache as in the last step
+            _expect_pages(keys, values, shape.kv_heads, shape.width)
+            struct.keys, struct.values = keys.data_ptr(), values.data_ptr()
+            self._pages[i] = keys, values
         mixed = shape.heads * shape.width
         widths = (shape.hidden, mixed + 2 * shape.kv_heads * shape.width, mixed,
                   2 * shape.intermediate, shape.intermediate)  # fmt: skip

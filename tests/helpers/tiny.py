@@ -23,7 +23,6 @@ from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import (
     BlockProposal,
     DraftWork,
-    Fence,
     Request,
     StepPlan,
     VerificationPolicy,
@@ -139,6 +138,8 @@ def tiny_engine(
 class ScriptedLink:
     """A drafter that knows each request's continuation, and corrupts some of what it says."""
 
+    latency_s = deadline_s = 0.0
+
     def __init__(self, continuations: dict[str, list[int]], vocab: int, wrong: float = 0.2) -> None:
         self._continuations, self._vocab, self._wrong = continuations, vocab, wrong
         self._rng = np.random.default_rng(0)
@@ -161,9 +162,12 @@ class ScriptedLink:
     def free(self, sessions: Iterable[str]) -> None:
         self.freed.extend(sessions)
 
-    def collect(self, wanted: set[Fence]) -> DraftReplies:
+    def collect(self, wait_s: float) -> DraftReplies:
         ready, self._ready = self._ready, []
         return DraftReplies(ready)
+
+    def missed(self) -> None:
+        raise AssertionError("nothing is ever under way")
 
 
 class RecordingLink(LocalDraftLink):
@@ -174,8 +178,8 @@ class RecordingLink(LocalDraftLink):
         super().__init__(self.engine)
         self.blocks: dict[tuple[str, int], list[int]] = {}
 
-    def collect(self, wanted: set[Fence]) -> DraftReplies:
-        replies = super().collect(wanted)
+    def collect(self, wait_s: float) -> DraftReplies:
+        replies = super().collect(wait_s)
         for proposal in replies.proposals:
             key = proposal.fence.session, proposal.fence.committed_len
             self.blocks[key] = proposal.token_ids.tolist()

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dspark.engine import verifier
+from dspark.engine import exchange
 from dspark.engine.draft_link import DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
 from dspark.errors import InvalidRequestError, OverloadedError
@@ -108,9 +108,9 @@ class Unreliable(ScriptedLink):
         super().submit(works)
         self.available = self._chance.random() < 0.8
 
-    def collect(self, wanted: set[Fence]) -> DraftReplies:
+    def collect(self, wait_s: float) -> DraftReplies:
         self.available = True
-        now = super().collect(wanted).proposals
+        now = super().collect(wait_s).proposals
         out = [p for p in [*self._late, *now] if self._chance.random() < 0.7]
         self._late = [p for p in now if self._chance.random() < 0.3]
         return DraftReplies(out)  # type: ignore[arg-type]
@@ -126,9 +126,9 @@ def test_lost_late_and_repeated_proposals_change_nothing() -> None:
 
 def test_a_proposal_of_unknown_tokens_is_not_verified() -> None:
     class Wild(ScriptedLink):
-        def collect(self, wanted: set[Fence]) -> DraftReplies:
+        def collect(self, wait_s: float) -> DraftReplies:
             wild = [
-                replace(p, token_ids=p.token_ids + 1000) for p in super().collect(wanted).proposals
+                replace(p, token_ids=p.token_ids + 1000) for p in super().collect(wait_s).proposals
             ]
             return DraftReplies(wild)
 
@@ -149,8 +149,8 @@ def test_a_proposal_of_unknown_tokens_is_not_verified() -> None:
 )
 def test_a_proposal_for_another_state_is_dropped(other: Callable[[Fence], Fence]) -> None:
     class Stale(ScriptedLink):
-        def collect(self, wanted: set[Fence]) -> DraftReplies:
-            proposals = super().collect(wanted).proposals
+        def collect(self, wait_s: float) -> DraftReplies:
+            proposals = super().collect(wait_s).proposals
             return DraftReplies([replace(p, fence=other(p.fence)) for p in proposals])
 
     one = request()
@@ -214,7 +214,7 @@ def test_blocks_depend_on_committed_text_alone(
     undisturbed = blocks_of(RecordingLink(drafter))
     kind = disturbed if isinstance(disturbed, type) else RecordingLink
     if disturbed == "small pieces":
-        monkeypatch.setattr(verifier, "_MAX_FEATURE_ROWS", 3)
+        monkeypatch.setattr(exchange, "_CATCH_UP_ROWS", 3)
     got = blocks_of(kind(drafter), prefill_chunk_tokens=3 if disturbed == "small chunks" else 256)
     common = undisturbed.keys() & got.keys()
     assert len(common) > 25

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -15,33 +17,41 @@ BAD = np.array([0.2, 0.05, 0.01, 0.0], dtype=np.float32)
 TABLE = StepTimeTable((1, 32), (1, 5), ((11.0, 15.0), (42.0, 170.0)))
 
 
+MOST = len(GOOD)
+
+
 class Verifier:
-    """Plays rounds whose times are the table's, but for a factor and what drafting takes."""
+    """Plays rounds whose times are the table's, but for a factor and what drafting takes.
+
+    A block of one token takes 0.6 of the time of a whole one.
+    """
 
     def __init__(self, draft_ms: float = 2.0, slower: float = 1.0) -> None:
         self.times = RoundTimes(TABLE)
         self.gate = DraftGate(self.times)
         self.draft_ms, self.slower = draft_ms, slower
+        self.sizes: Counter[int] = Counter()
 
     def rounds(self, block: np.ndarray, count: int, requests: int = 1) -> int:
         """How many of `count` were drafted for."""
-        drafted = 0
+        self.sizes.clear()
         for _ in range(count):
-            asked = self.gate.open(requests)
-            drafted += asked
+            size = self.gate.block_size(requests, MOST)
+            self.sizes[size] += 1
             tokens = requests
-            if asked:
-                self.gate.record([block] * requests)
-                tokens = requests + 2
+            if size:
+                self.gate.record([block[:size]] * requests)
+                tokens = requests + min(size, 2)
             step_ms = self.slower * TABLE.ms(requests, tokens)
+            drafting = self.draft_ms * (0.467 + 0.533 * size / MOST) if size else 0.0
             self.times.record(
                 requests=requests,
                 tokens=tokens,
-                drafted=asked,
+                drafted=size,
                 step_ms=step_ms,
-                round_ms=step_ms + 0.5 + self.draft_ms * asked,
+                round_ms=step_ms + 0.5 + drafting,
             )
-        return drafted
+        return count - self.sizes[0]
 
 
 def test_it_stays_open_while_drafting_pays() -> None:
@@ -95,10 +105,26 @@ def test_times_follow_what_is_measured(slower: float) -> None:
     verifier.times.record(requests=4, tokens=4, drafted=False, step_ms=7.0, round_ms=7.2)
     assert verifier.times.step_ms(4, 6) == pytest.approx(slower * TABLE.ms(4, 6))
     assert verifier.times.step_ms(4, 4) == pytest.approx(7.0)
-    assert verifier.times.draft_ms(4) == pytest.approx(2.5)
+    assert verifier.times.draft_ms(4, MOST) == pytest.approx(2.5)
     assert verifier.times.plain_ms(4) == pytest.approx(7.2)
     assert not verifier.times.drafting_known(16)
-    assert verifier.times.step_ms(16, 20) == TABLE.ms(16, 20)
+    # of a load that was never seen, the machine's speed is known
+    assert verifier.times.step_ms(16, 20) == pytest.approx(slower * TABLE.ms(16, 20))
+
+
+def test_what_was_measured_before_the_machine_slowed_down_still_compares() -> None:
+    """Drafting is measured on, plain rounds are not; both take twice as long now."""
+    verifier = Verifier()
+    for size in (0, MOST) * 20:
+        verifier.times.record(
+            requests=8, tokens=8 + size, drafted=size, step_ms=20.0 + size, round_ms=21.0 + 2 * size
+        )
+    verifier.gate.record([BAD])
+    before = verifier.gate.gain(8, MOST)
+    for _ in range(20):
+        verifier.times.record(requests=8, tokens=12, drafted=MOST, step_ms=48.0, round_ms=58.0)
+    assert verifier.gate.gain(8, MOST) == pytest.approx(before, rel=0.01)
+    assert verifier.times.plain_ms(8) == pytest.approx(42.0, rel=0.01)
 
 
 def test_the_gain_is_that_of_the_plans() -> None:
@@ -106,4 +132,46 @@ def test_the_gain_is_that_of_the_plans() -> None:
     verifier.gate.record([GOOD])
     # 11 ms and 1 ms more for each draft token: all four are worth it
     tokens = 1 + float(GOOD.sum())
-    assert verifier.gate.gain(1) == pytest.approx(tokens / 15.0 * 11.0, rel=1e-5)
+    assert verifier.gate.gain(1, MOST) == pytest.approx(tokens / 15.0 * 11.0, rel=1e-5)
+
+
+def test_blocks_are_as_long_as_pays() -> None:
+    """Where drafting takes long by the token, what is seldom accepted is not drafted."""
+    fair = np.array([0.7, 0.05, 0.02, 0.0], dtype=np.float32)
+    verifier = Verifier(draft_ms=4.0)
+    verifier.rounds(fair, 200)
+    verifier.rounds(fair, 640)
+    assert verifier.sizes[1] > 0.95 * 640
+    assert verifier.sizes[MOST] >= 10, "whole blocks must go on being looked at"
+    verifier.rounds(GOOD, 2000)
+    verifier.rounds(GOOD, 640)
+    assert verifier.sizes[MOST] > 0.95 * 640, "and be noticed when they become good"
+
+
+def test_confidences_that_promise_too_much_are_seen_through() -> None:
+    verifier = Verifier(draft_ms=2.0)
+    fair = np.array([0.5, 0.2, 0.1, 0.0], dtype=np.float32)
+    assert verifier.rounds(fair, 100) > 90
+    for _ in range(500):
+        verifier.gate.settle(0.7, 0)
+    verifier.rounds(fair, 20)
+    assert verifier.rounds(fair, 100) < 20
+
+
+def test_slow_blocks_pay_when_others_are_stepped_meanwhile() -> None:
+    """40 ms for a block, steps of as much: hidden, it is worth having; waited for, it is not."""
+    times = RoundTimes(
+        StepTimeTable((1, 32), (1, 5), ((11.0, 11.0), (321.0, 321.0)))
+    )  # 10 a request
+    fair = np.array([0.6, 0.4, 0.2, 0.1], dtype=np.float32)
+    gate = DraftGate(times)
+    gate.record([fair])
+    for _ in range(4):
+        times.record(
+            requests=8, tokens=16, drafted=MOST, step_ms=81.0, round_ms=221.0, waited_ms=140.0
+        )
+    waiting, hiding = gate.gain(8, MOST), gate.gain(8, MOST, latency_ms=40.0)
+    assert waiting < 1.0 < hiding
+    assert times.overlapped_ms(8, 16, MOST, 40.0) == pytest.approx(2 * 41.0, rel=0.05)
+    assert times.overlapped_ms(8, 16, MOST, 400.0) == pytest.approx(441.0, rel=0.05)
+    assert times.merging_saves_ms((4, 8), (4, 8)) == pytest.approx(1.0, rel=0.1)

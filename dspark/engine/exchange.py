@@ -1,0 +1,158 @@
+"""A verifier's dealings with its drafter: features of committed tokens out, blocks in.
+
+A block that is under way belongs to one request, which takes no part in steps until it has come or
+its deadline has passed; what others do meanwhile is the engine's affair.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from dspark.engine.draft_link import DraftLink, DraftReplies
+from dspark.engine.features import FeatureStore
+from dspark.engine.sequence import Sequence
+from dspark.types import BlockProposal, DraftWork, VerifyMode
+
+# Context that the drafter lacks is sent a piece a round, so that nobody's block waits for long
+# behind another's prompt.
+_CATCH_UP_ROWS = 1024
+# While no blocks are wanted, context still flows, so that they can be at any time; but not row by
+# row, which would cost as much as drafting.
+_LUMP_ROWS = 64
+
+
+class DraftExchange:
+    """Belongs to one engine, and to its thread."""
+
+    def __init__(self, link: DraftLink, vocab_size: int, context_window: int) -> None:
+        self._link = link
+        self._vocab_size = vocab_size
+        self._window = context_window  # features before it are not missed; 0: all are
+
+    @property
+    def available(self) -> bool:
+        """Whether blocks can be asked for now."""
+        return self._link.available
+
+    @property
+    def latency_ms(self) -> float:
+        """How long blocks take to come; 0 where nothing else could be done meanwhile."""
+        return self._link.latency_s * 1e3
+
+    def free(self, session: str) -> None:
+        """Forget a session."""
+        self._link.free([session])
+
+    def receive(
+        self,
+        running: dict[str, Sequence],
+        patience: Callable[[list[Sequence]], float],  # seconds to wait for those under way
+    ) -> float:
+        """Match replies to the requests that want them; returns the milliseconds waited.
+
+        Anything stale is dropped. Requests whose block is overdue go on without.
+        """
+        started = time.perf_counter()
+        wait_s, waited = 0.0, False
+        while True:
+            self._take(running, self._link.collect(wait_s))
+            under_way = [s for s in running.values() if s.wanted_block is not None]
+            overdue = [s for s in under_way if self._left_s(s) <= 0.0]
+            for sequence in overdue:
+                sequence.wanted_block = None
+            if overdue:
+                self._link.missed()
+                under_way = [s for s in under_way if s.wanted_block is not None]
+            if not under_way:
+                break
+            wait_s = min(patience(under_way), min(map(self._left_s, under_way)))
+            if wait_s <= 0.0:
+                break
+            waited = True
+        return (time.perf_counter() - started) * 1e3 if waited else 0.0
+
+    def _left_s(self, sequence: Sequence) -> float:
+        return sequence.asked_at + self._link.deadline_s - time.monotonic()
+
+    def _take(self, running: dict[str, Sequence], replies: DraftReplies) -> None:
+        for proposal in replies.proposals:
+            sequence = running.get(proposal.fence.session)
+            if (
+                sequence is not None
+                and sequence.wanted_block == proposal.fence
+                and self._usable(proposal, sequence)
+            ):
+                sequence.proposal = proposal
+        for resync in replies.resyncs:
+            sequence = running.get(resync.session)
+            if sequence is not None and sequence.request.epoch == resync.epoch:
+                sequence.sent_features = min(sequence.sent_features, resync.have_len)
+        for sequence in running.values():
+            if sequence.wanted_block not in replies.pending:
+                sequence.wanted_block = None
+
+    def _usable(self, proposal: BlockProposal, sequence: Sequence) -> bool:
+        """Whether a block can be verified: known tokens, no more than asked for, and its law."""
+        tokens, sampling = proposal.token_ids, sequence.request.sampling
+        needs_law = sampling.mode is VerifyMode.REJECTION and not sampling.greedy
+        return (
+            0 < len(tokens) < sequence.remaining
+            and int(tokens.min()) >= 0
+            and int(tokens.max()) < self._vocab_size
+            and not (needs_law and proposal.candidate_ids is None)
+        )
+
+    def ask(
+        self,
+        sequences: Iterable[Sequence],
+        features: FeatureStore,
+        block_size: int,  # 0: no blocks
+    ) -> bool:
+        """Send new features, of prompts as they are computed, and ask for blocks of use.
+
+        Returns whether any block was asked for.
+        """
+        flows = not 0 < self._window <= _LUMP_ROWS  # else it has all passed when it is wanted
+        if not block_size and not flows:
+            return False
+        works: list[DraftWork] = []
+        room = _CATCH_UP_ROWS
+        for sequence in sequences:
+            useful = sequence.remaining - 1  # tokens that a block can bring
+            live = sequence.finish_reason is None and sequence.request.sampling.speculate
+            if not (live and sequence.computed and useful > 0):
+                continue
+            start = max(sequence.sent_features, self._seen_from(sequence))
+            # What one round brings always goes out, or those who lag would never catch up.
+            end = max(start, min(sequence.computed, start + max(room, block_size + 1)))
+            complete = end == sequence.computed and sequence.decoding
+            size = min(block_size, useful) if complete else 0
+            if size or (end > start and block_size) or (flows and end - start >= _LUMP_ROWS):
+                room = max(0, room - (end - start))
+                works.append(self._work(sequence, features, start, end, size))
+        if works:
+            self._link.submit(works)
+        return any(work.block_size for work in works)
+
+    def _seen_from(self, sequence: Sequence) -> int:
+        """The first position that any coming block sees."""
+        return max(0, len(sequence.tokens) - 1 - self._window) if self._window else 0
+
+    def _work(
+        self, sequence: Sequence, features: FeatureStore, start: int, end: int, size: int
+    ) -> DraftWork:
+        fence = sequence.fence()
+        sequence.sent_features = end
+        if size:
+            sequence.wanted_block, sequence.asked_at = fence, time.monotonic()
+        return DraftWork(
+            fence=fence,
+            feature_start=start,
+            features=features.rows(torch.from_numpy(sequence.slots(start, end))),
+            anchor_token_id=sequence.tokens[-1],
+            block_size=size,
+            sampling=sequence.request.sampling,
+        )
