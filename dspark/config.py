@@ -22,6 +22,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark"
 
 
+def cpu_operators() -> str:
+    """$DSPARK_CPU_OPERATORS: auto (default), avx512, avx2, or none for torch alone."""
+    wanted = os.environ.get("DSPARK_CPU_OPERATORS", "auto")
+    if wanted not in ("auto", "avx512", "avx2", "none"):
+        raise ConfigError(
+            f"DSPARK_CPU_OPERATORS must be auto, avx512, avx2 or none; got {wanted!r}"
+        )
+    return wanted
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Which models, in which precision, where."""

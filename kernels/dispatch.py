@@ -77,7 +77,7 @@ class RowStore:
 
 
 class CpuStore:
-    """Pages laid out for the C++ operators: bf16, AVX-512."""
+    """Pages laid out for the C++ operators: bf16."""
 
     def __init__(self, num_pages: int, kv_heads: int, width: int) -> None:
         self.keys = operators.new_pages(num_pages, kv_heads, width)

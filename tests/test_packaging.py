@@ -49,8 +49,9 @@ def test_the_wheel_holds_the_code(wheel: frozenset[str], folder: str) -> None:
 
 
 def test_the_wheel_holds_the_operators(wheel: frozenset[str]) -> None:
-    assert files("kernels", "*.cpp")
-    assert files("kernels", "*.cpp") <= wheel
+    for pattern in ("*.cpp", "*.h"):
+        assert files("kernels", pattern)
+        assert files("kernels", pattern) <= wheel
 
 
 def test_the_wheel_holds_the_types(wheel: frozenset[str]) -> None:

@@ -74,13 +74,18 @@ def _machine() -> Iterator[Finding]:
         for i in range(torch.cuda.device_count()):
             yield Finding(True, f"GPU {i}: {torch.cuda.get_device_name(i)}")
     else:
-        fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        units = "with" if fast else "without"
-        yield Finding(True, f"no GPU; {os.cpu_count()} CPU cores, {units} bf16 instructions")
-        from dspark.kernels.cpu import operators
+        from dspark.kernels.cpu import library
 
-        how = "C++ operators" if operators.available() else "torch alone, at half the speed"
-        yield Finding(True, f"bf16 layers run on {how}")
+        yield Finding(True, f"no GPU; {os.cpu_count()} CPU cores")
+        if library.load() is not None:
+            yield Finding(True, f"bf16 layers run on C++ operators ({library.instruction_set()})")
+        else:
+            yield Finding(
+                bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+                "bf16 layers run on torch alone",
+                "this CPU has no bf16 instructions, and torch is a hundred times slower without: "
+                "install a C++ compiler (g++) if it has AVX2, or choose float32",
+            )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     yield Finding(
         memory >= _MEMORY_GB, f"{memory:.1f} GB of memory", f"{_MEMORY_GB:.0f} GB are needed"

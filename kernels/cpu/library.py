@@ -20,39 +20,70 @@ from pathlib import Path
 
 import torch  # noqa: F401  (its OpenMP must be loaded before ours)
 
-from dspark.config import cache_folder
+from dspark.config import cache_folder, cpu_operators
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("operators.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
+_FOLDER = Path(__file__).parent
+_SOURCE = _FOLDER / "operators.cpp"
+# No contraction: what is written as two roundings is two, in every instance of a template.
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fopenmp")
 _TIMEOUT_S = 300
+# Instruction sets that the operators are written for, best first: flags in /proc/cpuinfo, and the
+# compiler's.
+_SETS = {
+    "avx512": (
+        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
+        ("-DDSPARK_AVX512",),
+    ),
+    "avx2": (frozenset({"avx2", "fma"}), ()),
+}
 
 
 @cache
 def load() -> ctypes.CDLL | None:
     """The library, built if need be; None, with the reason logged, where it cannot be had."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
+    instructions = instruction_set()
+    if instructions is None:
+        log.info("no CPU operators: they need Linux on x86-64 with AVX2")
         return None
     try:
-        library = ctypes.CDLL(str(_built()))
+        library = ctypes.CDLL(str(_built(instructions)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         log.warning("no CPU operators, the slower torch path is used: %s", str(detail)[-500:])
         return None
     if not library.dspark_supported():
-        log.info("no CPU operators: this CPU has no AVX-512 BF16")
+        log.warning("no CPU operators: this CPU lacks what /proc/cpuinfo says it has")
         return None
     return library
 
 
-def _built() -> Path:
-    """Path of the library for this source, these flags and this compiler."""
+def instruction_set() -> str | None:
+    """The best of the sets that this machine and the settings allow: avx512, avx2 or None."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return None
+    wanted = cpu_operators()
+    if wanted == "none":
+        return None
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    has = frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+    names = _SETS if wanted == "auto" else [wanted]
+    return next((name for name in names if _SETS[name][0] <= has), None)
+
+
+def _built(instructions: str) -> Path:
+    """Path of the library for these sources, these flags and this compiler."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise OSError("there is no C++ compiler (install g++, or name one in CXX)")
     version = _run([compiler, "--version"])
-    facts = repr((_SOURCE.read_bytes(), _FLAGS, version)).encode()
+    flags = (*_FLAGS, *_SETS[instructions][1])
+    sources = [path.read_bytes() for path in sorted((*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")))]
+    facts = repr((sources, flags, version)).encode()
     folder = cache_folder() / "operators"
     path = folder / f"{hashlib.sha256(facts).hexdigest()[:16]}.so"
     if path.exists():
@@ -63,7 +94,7 @@ def _built() -> Path:
         if not path.exists():
             log.warning("building the CPU operators, once: some seconds …")
             partial = path.with_suffix(".partial")
-            _run([compiler, *_FLAGS, str(_SOURCE), "-o", str(partial)])
+            _run([compiler, *flags, str(_SOURCE), "-o", str(partial)])
             partial.replace(path)
     return path
 

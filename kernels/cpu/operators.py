@@ -38,12 +38,19 @@ def new_pages(num_pages: int, kv_heads: int, width: int) -> torch.Tensor:
 
 
 def pack_linear(weight: torch.Tensor) -> torch.Tensor:  # [N, K] -> [⌈N/64⌉, K/2, 64, 2]
-    """A weight laid out for `linear`; outputs past N are zero. K must be even."""
+    """A weight laid out for `linear`; outputs past N are zero. K must be even.
+
+    How the outputs of a group of 64 lie in it depends on the instruction set.
+    """
     outputs, inputs = weight.shape
+    library = load()
+    assert library is not None, "ask available() first"
+    block = LANES * library.dspark_block_vectors()
     groups = -(-outputs // _COLUMNS)
     padded = weight.new_zeros(groups * _COLUMNS, inputs)
     padded[:outputs] = weight
-    return padded.view(groups, _COLUMNS, inputs // 2, 2).transpose(1, 2).contiguous()
+    packed = padded.view(-1, block, inputs // 2, 2).transpose(1, 2).contiguous()
+    return packed.view(groups, inputs // 2, _COLUMNS, 2)
 
 
 def pack_bias(bias: torch.Tensor) -> torch.Tensor:  # [N] -> [⌈N/64⌉·64] fp32

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dspark.errors import ConfigError
 from dspark.kernels.cpu import library
 from dspark.kernels.dispatch import RowStore, new_store
 
@@ -56,6 +57,25 @@ def test_a_damaged_build_is_no_crash(
     damaged = cache / "x.so"
     damaged.parent.mkdir()
     damaged.write_bytes(b"not a library")
-    monkeypatch.setattr(library, "_built", lambda: damaged)
+    monkeypatch.setattr(library, "_built", lambda _: damaged)
     assert library.load() is None
     assert "the slower torch path is used" in caplog.text
+
+
+@pytest.mark.parametrize("wanted", ["auto", "avx512", "avx2", "none"])
+def test_the_settings_choose_among_what_the_machine_has(
+    cache: Path, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = library.instruction_set()
+    monkeypatch.setenv("DSPARK_CPU_OPERATORS", wanted)
+    chosen = library.instruction_set()
+    assert chosen in ({"auto": {best}, "none": {None}}.get(wanted) or {wanted, None})
+    assert (library.load() is not None) == (chosen is not None and shutil.which("c++") is not None)
+
+
+def test_a_setting_that_does_not_exist_is_refused(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSPARK_CPU_OPERATORS", "avx3")
+    with pytest.raises(ConfigError, match="avx3"):
+        library.load()
