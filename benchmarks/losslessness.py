@@ -1,8 +1,9 @@
-"""Greedy output of the running services against transformers' own generate(), token for token.
+"""Greedy output of the running services against the target's own, token for token.
 
-Starts the four services in fp32, sends prompts through the gateway, and compares. Where a text
-differs, the reference's two best logits there must lie within 1e-3, and the case is reported. The
-run counts for nothing, and fails, if nothing was drafted or nothing accepted.
+Starts the four services, sends prompts through the gateway, and compares. In fp32 the reference is
+transformers' generate(); in bf16, where that rounds otherwise, the services' own plain decoding.
+Where a text differs, the two best fp32 logits there must be nearly tied, and the case is reported.
+The run counts for nothing, and fails, if nothing was drafted or nothing accepted.
 
     python benchmarks/losslessness.py --prompts FILE.jsonl [FILE.jsonl …] --each 10 --tokens 64
 """
@@ -38,6 +39,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--drafter", default="")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--policy", default="fixed", help="fixed verifies every drafted token")
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=50051)
@@ -45,35 +47,42 @@ def main() -> int:
     texts = [text for path in options.prompts for text in read_prompts(path, options.each)]
 
     config = ServeConfig(
-        model=ModelConfig(options.target, options.drafter, dtype="float32"),
+        model=ModelConfig(options.target, options.drafter, dtype=options.dtype),
         engine=EngineConfig(policy=options.policy, max_requests=8),
         gateway=GatewayConfig(http_port=options.http_port, grpc_port=options.grpc_port),
     )
     with LocalCluster(config, console.print) as cluster:
         answers = ask(cluster.grpc_address, options.target, texts, options.tokens)
+        plain = None
+        if options.dtype != "float32":
+            plain = ask(cluster.grpc_address, options.target, texts, options.tokens, False)
 
-    console.print("comparing with transformers …")
+    console.print("comparing …")
     tokenizer = load_tokenizer(options.target)
     model = AutoModelForCausalLM.from_pretrained(resolve_target(options.target), dtype="float32")
     eos = model.generation_config.eos_token_id
     reference = GreedyReference(model, tuple(eos) if isinstance(eos, list) else (eos,))
     comparisons = []
-    for text, answer in zip(texts, answers, strict=True):
+    for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         encoded = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
         )
-        comparisons.append(
-            reference.compare(encoded["input_ids"], answer["token_ids"], options.tokens)
-        )
+        prompt = encoded["input_ids"]
+        want = plain[i]["token_ids"] if plain else reference.tokens(prompt, options.tokens)
+        comparisons.append(reference.compare(prompt, answer["token_ids"], want, options.dtype))
     return report(texts, answers, comparisons)
 
 
-def ask(address: str, target: str, texts: list[str], tokens: int) -> list[dict]:
+def ask(
+    address: str, target: str, texts: list[str], tokens: int, speculate: bool = True
+) -> list[dict]:
     with InferenceClient(address) as client, ThreadPoolExecutor(8) as pool:
 
         def one(text: str) -> dict:
             token_ids: list[int] = []
-            request = chat_request(target, [("user", text)], max_tokens=tokens, temperature=0.0)
+            request = chat_request(
+                target, [("user", text)], max_tokens=tokens, temperature=0.0, speculate=speculate
+            )
             for part in client.generate(request):
                 token_ids += part.token_ids
             stats = part.speculation

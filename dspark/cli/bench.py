@@ -79,7 +79,8 @@ def bench(
             typer.echo(json.dumps(payload, indent=2))
             return
         table = Table(title=f"{target}, {tokens} new tokens, greedy, medians of {rounds}")
-        for heading in ("concurrency", "arm", "tokens/s", "against off", "τ", "verified/step"):
+        for heading in ("concurrency", "arm", "tokens/s", "against off", "τ", "verified/step",
+                        "of predicted"):  # fmt: skip
             table.add_column(heading, justify="left" if heading == "arm" else "right")
         for _, group in groupby(cells, key=lambda cell: cell.concurrency):
             arms = list(group)
@@ -91,6 +92,7 @@ def bench(
                     f"{cell.against_off:.2f}×",
                     f"{cell.accepted_length:.2f}",
                     f"{cell.verified_per_step:.2f}",
+                    f"{cell.efficiency:.3f}",
                 )
         out.print(table)
 

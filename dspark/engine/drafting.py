@@ -13,6 +13,7 @@ from dspark.decoding.drawing import INDEPENDENT, DrawRules
 from dspark.engine.pages import PagePool
 from dspark.engine.sequence import pages_for
 from dspark.kernels.attention_plan import PAGE_SIZE, Pages, plan_attention
+from dspark.kernels.cpu import operators
 from dspark.models.draft_forward import draft_forward
 from dspark.models.drafter import DSparkDrafter
 from dspark.models.kv_cache import PagedKVCache
@@ -91,6 +92,7 @@ class DraftEngine:
         A work whose features leave a gap after what its session holds is answered with a resync
         request for that session, and concerns no other.
         """
+        operators.spread_threads()
         ready: list[DraftWork] = []
         resyncs: list[ResyncRequest] = []
         rows: list[_Rows] = []

@@ -12,6 +12,7 @@ import torch
 from dspark.engine.judge import Judged, judge
 from dspark.engine.sequence import pages_for
 from dspark.kernels.attention_plan import plan_attention
+from dspark.kernels.cpu import operators
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
 from dspark.scheduling.step_table import StepTimeTable
@@ -44,6 +45,7 @@ def profile_steps(
     kv = PagedKVCache(pages * max(requests) + 1, target.device)
     cells = [(r, q) for r in requests for q in rows]
     samples: dict[tuple[int, int], list[float]] = {}
+    operators.spread_threads()
     started = time.perf_counter()
     total = len(cells) * (1 + _PASSES)
     for done, (r, q) in enumerate(cells * (1 + _PASSES)):

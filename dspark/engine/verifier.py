@@ -29,6 +29,7 @@ from dspark.engine.pages import PagePool, page_keys
 from dspark.engine.sequence import Sequence, pages_for
 from dspark.errors import InvalidRequestError, OverloadedError
 from dspark.kernels.attention_plan import PAGE_SIZE, plan_attention
+from dspark.kernels.cpu import operators
 from dspark.models.drafter import FeatureProjection
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
@@ -199,6 +200,7 @@ class VerifierEngine:
         self._admit()
         if not self._running:
             return []
+        operators.spread_threads()
         waited_ms = 0.0
         if self._exchange is not None:
             waited_ms = self._exchange.receive(self._running, self._patience)

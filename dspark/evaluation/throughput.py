@@ -3,6 +3,9 @@
 So many users are served at once, each asking again as soon as it is answered, while the arms take
 short turns: off, fixed, adaptive, off, … A machine whose speed drifts, by the second where others
 share it, then favours none, and a round's ratios say more than any arm's speed.
+
+Tokens, accepted length, steps' and blocks' times predict a speed: R·τ / (T_step + T_draft). What is
+reached of it, the efficiency, is what neither step nor draft has to answer for.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ class ThroughputCell:
     against_off: float  # of the tokens a second of the same round
     accepted_length: float
     verified_per_step: float  # draft tokens let into the forward, a request and step
+    efficiency: float  # share of the time spent in target steps and drafting
     rounds: int
 
 
@@ -83,6 +87,7 @@ def measure(
                         statistics.median(ratios),
                         statistics.median(turn.accepted_length for turn in of_arm),
                         statistics.median(turn.verified_per_step for turn in of_arm),
+                        statistics.median(turn.efficiency for turn in of_arm),
                         rounds,
                     )
                 )
@@ -97,13 +102,14 @@ class _Turn:
     tokens_per_s: float
     accepted_length: float
     verified_per_step: float
+    efficiency: float
 
 
 class _Users:
     """So many requests are always under way, none begun at the same time as another."""
 
     def __init__(self, llm: LLM, prompts: Sequence[str], count: int, max_tokens: int) -> None:
-        self._verifier = llm.verifier
+        self._llm, self._verifier = llm, llm.verifier
         self._prompts = itertools.cycle([llm.chat_prompt(prompt) for prompt in prompts])
         self._max_tokens = max_tokens
         self._names = map(str, itertools.count())
@@ -130,12 +136,18 @@ class _Users:
     def work(self, seconds: float) -> _Turn:
         """Serve for about so long."""
         results: list[VerificationResult] = []
+        drafted_s, stepped_ms = self._llm.drafting_s, 0.0
         started = time.perf_counter()
         while (took := time.perf_counter() - started) < seconds:
             results += self._step()
+            report = self._verifier.last_report
+            assert report is not None
+            stepped_ms += report.step_ms
         tokens = sum(len(result.token_ids) for result in results)
         verified = sum(result.verified for result in results)
-        return _Turn(tokens / took, tokens / len(results), verified / len(results))
+        busy_s = self._llm.drafting_s - drafted_s + stepped_ms / 1e3
+        steps = len(results)
+        return _Turn(tokens / took, tokens / steps, verified / steps, busy_s / took)
 
     def leave(self) -> None:
         for name in self._live:

@@ -138,6 +138,7 @@ inline void multiply_range(const Product& p, const Factor* x, int64_t first, int
 }
 
 inline void multiply_all(const Product& p) {
+  if (p.T == 0) return;  // a step in which nobody emits has no rows for the head
 #pragma omp parallel
   {
     const Factor* x = factors(p);

@@ -12,6 +12,7 @@
 
 #include <immintrin.h>
 #include <omp.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <cmath>
@@ -82,6 +83,47 @@ inline void rotate(bf16* x, const float* cos, const float* sin, int64_t width) {
 }  // namespace
 
 extern "C" {
+
+// Puts the team's threads on CPUs of their own. They wait for each other hundreds of times in a step,
+// spinning; two of them on one CPU turn each wait into a time slice of the kernel's, and some kernels
+// (of small virtual machines) never move a thread that does not sleep. Nothing stays pinned.
+void dspark_spread() {
+  const int threads = omp_get_max_threads();
+  cpu_set_t allowed;
+  if (threads < 2 || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+  std::vector<int> at(threads, -1), to(threads, -1);
+#pragma omp parallel
+  at[omp_get_thread_num()] = sched_getcpu();
+  bool crowded = false;
+  cpu_set_t taken;
+  CPU_ZERO(&taken);
+  for (int i = 0; i < threads; ++i) {
+    if (at[i] < 0) continue;
+    if (CPU_ISSET(at[i], &taken)) {
+      to[i] = 0;
+      crowded = true;
+    }
+    CPU_SET(at[i], &taken);
+  }
+  if (!crowded) return;
+  int cpu = 0;
+  for (int i = 0; i < threads; ++i) {
+    if (to[i] < 0) continue;
+    while (cpu < CPU_SETSIZE && (CPU_ISSET(cpu, &taken) || !CPU_ISSET(cpu, &allowed))) ++cpu;
+    to[i] = cpu < CPU_SETSIZE ? cpu++ : -1;  // with fewer CPUs than threads, some must share
+  }
+#pragma omp parallel
+  {
+    const int target = to[omp_get_thread_num()];
+    cpu_set_t own, one;
+    if (target >= 0 && !sched_getaffinity(0, sizeof own, &own)) {
+      CPU_ZERO(&one);
+      CPU_SET(target, &one);
+      sched_setaffinity(0, sizeof one, &one);
+      sched_setaffinity(0, sizeof own, &own);
+    }
+  }
+}
 
 // Vectors of outputs that lie side by side in packed weights.
 int dspark_block_vectors() { return kBlock; }

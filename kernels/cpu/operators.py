@@ -32,6 +32,13 @@ def available() -> bool:
     return load() is not None
 
 
+def spread_threads() -> None:
+    """Put the calling thread's OpenMP helpers on CPUs of their own, where the system does not."""
+    library = load()
+    if library is not None:
+        library.dspark_spread()
+
+
 def new_pages(num_pages: int, kv_heads: int, width: int) -> torch.Tensor:
     """Empty pages for keys or values: [pages, G, D · PAGE_SIZE], laid out by the kernels."""
     return torch.zeros(num_pages, kv_heads, width * PAGE_SIZE, dtype=torch.bfloat16)

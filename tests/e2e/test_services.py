@@ -64,7 +64,8 @@ def assert_lossless(
         encoded = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
         )
-        comparison = reference.compare(encoded["input_ids"], token_ids, TOKENS)
+        prompt = encoded["input_ids"]
+        comparison = reference.compare(prompt, token_ids, reference.tokens(prompt, TOKENS))
         assert comparison.lossless, (prompt, comparison)
 
 

@@ -60,13 +60,13 @@ def test_the_reference_finds_the_first_difference_and_its_gap() -> None:
     reference = GreedyReference(hf_model(), ())
     prompt = [3, 1, 4]
     want = reference.tokens(prompt, 12)
-    assert reference.compare(prompt, want, 12).lossless
+    assert reference.compare(prompt, want, want).lossless
     wrong = [*want[:5], (want[5] + 1) % 32, *want[6:]]
-    comparison = reference.compare(prompt, wrong, 12)
+    comparison = reference.compare(prompt, wrong, want)
     assert comparison.diverges_at == 5
     with torch.inference_mode():
         logits = hf_model()(torch.tensor([[*prompt, *want[:5]]])).logits[0, -1]
     best = logits.topk(2).values
     assert comparison.gap == pytest.approx(float(best[0] - best[1]), abs=1e-5)
     assert not comparison.lossless
-    assert not reference.compare(prompt, want[:-1], 12).lossless
+    assert not reference.compare(prompt, want[:-1], want).lossless
