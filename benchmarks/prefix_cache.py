@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, cache: bool) -> dict:
     prompts = [prompt(llm, question) for question in questions]
     sampling = SamplingParams(temperature=0.0, max_tokens=options.tokens)
     llm.generate(prompts[:1], sampling)
-    cached = llm.verifier.cached_tokens
+    cached = llm.verifier.roster.cached_tokens
     started = time.perf_counter()
     answers = llm.generate(prompts[1:], sampling)
     took_s = time.perf_counter() - started
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, cache: bool) -> dict:
         "accepted_length": report(answers).accepted_length,
         "accepted": sum(answer.accepted for answer in answers),
         "prompt_tokens": sum(map(len, prompts[1:])),
-        "cached_tokens": llm.verifier.cached_tokens - cached,
+        "cached_tokens": llm.verifier.roster.cached_tokens - cached,
         "tokens_per_s": tokens / took_s,
         "texts": [answer.token_ids for answer in answers],
     }

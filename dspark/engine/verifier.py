@@ -3,17 +3,12 @@
 Each call of `step` runs every admitted request once: decoding requests with their anchor and the
 admitted part of their block, new ones with the next chunk of their prompt. Only this engine commits
 tokens. Without a drafter, or while none answers, every request decodes one token a step.
-
-Pages are taken as a request grows. When they run out, the request that was admitted last gives its
-pages up and waits at the head of the queue; what it had said stays said, and it goes on from there
-when there is room, its draws being named by position and round and not by time.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +20,8 @@ from dspark.engine.draft_link import DraftLink
 from dspark.engine.exchange import DraftExchange
 from dspark.engine.features import FeatureStore
 from dspark.engine.judge import Judged, judge
-from dspark.engine.pages import PagePool, page_keys
-from dspark.engine.sequence import Sequence, pages_for
-from dspark.errors import InvalidRequestError, OverloadedError
+from dspark.engine.roster import Roster
+from dspark.engine.sequence import Sequence
 from dspark.kernels.attention_plan import PAGE_SIZE, plan_attention
 from dspark.kernels.cpu import operators
 from dspark.models.drafter import FeatureProjection
@@ -39,7 +33,6 @@ from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.scheduling.survival import survival
 from dspark.types import (
-    FinishReason,
     Request,
     StepPlan,
     StepReport,
@@ -91,22 +84,22 @@ class VerifierEngine:
         self._block_size = config.block_size or block_size
         self._plan = StepPlan(policy=VerificationPolicy(config.policy))
         self._plan_until = float("inf")
-        pages = pages_for(config.cache_tokens) + 1
-        self._pages = PagePool(pages)
-        self._kv = PagedKVCache(pages, target.device)
+        self.roster = Roster(
+            config,
+            vocab_size=target.vocab_size,
+            max_positions=target.max_positions,
+            free_session=self._free_session,
+        )
+        self._kv = PagedKVCache(self.roster.pages.total + 1, target.device)
         self._features: FeatureStore | None = None
         if projection is not None:
             self._features = FeatureStore(projection, self._kv.num_slots)
-        self._waiting: deque[Sequence] = deque()
-        self._running: dict[str, Sequence] = {}  # in order of admission
         self._steps = 0
         self._forward_ended: float | None = None
         self._asked = 0  # length of blocks asked for in the round that ends with the next step
         self._drafting = 0  # length of blocks that the gate last let through
         self._promised = 0.0  # draft tokens of this step that should be accepted
         self._rows = 1.0  # target rows of a request in the last step that decoded
-        self.preemptions = 0
-        self.cached_tokens = 0  # prompt tokens found in the prefix cache
         self.last_report: StepReport | None = None
 
     @property
@@ -134,58 +127,27 @@ class VerifierEngine:
 
     def add(self, request: Request) -> None:
         """Queue a request; InvalidRequestError if it can never run, OverloadedError if full."""
-        total = len(request.prompt_token_ids) + request.sampling.max_tokens
-        if not request.prompt_token_ids:
-            raise InvalidRequestError(
-                "the prompt is empty; send at least one token", param="prompt"
-            )
-        worst = max(request.prompt_token_ids), min(request.prompt_token_ids)
-        if worst[0] >= self.target.vocab_size or worst[1] < 0:
-            raise InvalidRequestError(
-                f"prompt token ids must lie in 0..{self.target.vocab_size - 1}; got {worst}",
-                param="prompt",
-            )
-        limit = min(self.target.max_positions, self._pages.total * PAGE_SIZE)
-        if total > limit:
-            raise InvalidRequestError(
-                f"prompt ({len(request.prompt_token_ids)} tokens) and max_tokens "
-                f"({request.sampling.max_tokens}) come to {total}, more than the context of "
-                f"{limit}: shorten the prompt or lower max_tokens",
-                param="max_tokens",
-            )
-        if request.id in self._running or any(s.request.id == request.id for s in self._waiting):
-            raise InvalidRequestError(f"request id {request.id!r} is in use already", param="id")
-        if len(self._waiting) >= self.config.max_waiting:
-            raise OverloadedError(
-                f"{len(self._waiting)} requests wait already, the most that is allowed; retry later"
-            )
         stops = frozenset(request.sampling.stop_token_ids) | frozenset(self.eos_token_ids)
-        self._waiting.append(Sequence(request, stops))
+        self.roster.add(request, stops)
 
     def abort(self, request_id: str) -> None:
         """Drop a request and all it holds; an unknown one is nothing to do."""
-        sequence = self._running.pop(request_id, None)
-        if sequence is None:
-            sequence = next((s for s in self._waiting if s.request.id == request_id), None)
-            if sequence is None:
-                return
-            self._waiting.remove(sequence)
-        sequence.finish_reason = FinishReason.ABORT
-        self._let_go(sequence)
+        self.roster.abort(request_id)
 
     def check_pages(self) -> None:
         """RuntimeError if a page is lost, or held otherwise than the requests believe."""
-        self._pages.check(sequence.pages.tolist() for sequence in self._running.values())
+        self.roster.check()
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._running or self._waiting)
+        return bool(self.roster.running or self.roster.waiting)
 
     @property
     def load(self) -> tuple[int, int, int, int]:
         """Requests running, requests waiting, pages free, pages in all."""
-        return len(self._running), len(self._waiting), self._pages.free, self._pages.total
+        roster = self.roster
+        return len(roster.running), len(roster.waiting), roster.pages.free, roster.pages.total
 
     def set_plan(self, plan: StepPlan) -> None:
         """Follow `plan` until its validity ends, then the configuration again."""
@@ -197,14 +159,14 @@ class VerifierEngine:
     @torch.inference_mode()
     def step(self) -> list[VerificationResult]:
         """Advance every request; the tokens that each committed."""
-        self._admit()
-        if not self._running:
+        self.roster.admit()
+        if not self.roster.running:
             return []
         operators.spread_threads()
         waited_ms = 0.0
         if self._exchange is not None:
-            waited_ms = self._exchange.receive(self._running, self._patience)
-        self._make_room()
+            waited_ms = self._exchange.receive(self.roster.running, self._patience)
+        self.roster.make_room()
         turns = self._plan_turns()
         if not turns:
             return []  # those who were ready gave their pages to those who are drafted for
@@ -220,90 +182,16 @@ class VerifierEngine:
             if not turn.emits:
                 turn.sequence.computed += turn.rows
         self._record(turns, results, step_ms, waited_ms, round_ms)
-        if self.config.prefix_cache:
-            for turn in turns:
-                self._name_pages(turn.sequence)
-        self._ask_for_blocks([turn.sequence for turn in turns])
-        for turn in turns:
-            if turn.sequence.finish_reason is not None:
-                del self._running[turn.sequence.request.id]
-                self._let_go(turn.sequence)
-        if self.config.check_pages:
-            self.check_pages()
+        stepped = [turn.sequence for turn in turns]
+        self._ask_for_blocks(stepped)
+        self.roster.settle(stepped)
         if not self.has_work:
             self._forward_ended = None
         return results
 
-    def _admit(self) -> None:
-        """Start waiting requests in order while there is room for what they say already."""
-        while self._waiting and len(self._running) < self.config.max_requests:
-            sequence = self._waiting[0]
-            # One page for each of the others to grow into, or the newcomer would soon be preempted.
-            spare = len(self._running)
-            if self._pages.free <= spare:
-                return
-            if self.config.prefix_cache:
-                self._reuse(sequence)
-            need = pages_for(len(sequence.tokens)) - len(sequence.pages)
-            pages = self._pages.allocate(need) if self._pages.free >= need + spare else None
-            if pages is None:
-                self._pages.release(sequence.give_up())
-                return
-            sequence.hold(pages)
-            self._waiting.popleft()
-            self._running[sequence.request.id] = sequence
-            self.cached_tokens += sequence.computed
-
-    def _reuse(self, sequence: Sequence) -> None:
-        """Begin after the pages that hold the same tokens already, features included.
-
-        The last token is always computed anew: its logits decide what follows.
-        """
-        keys = page_keys(sequence.tokens[:-1])
-        sequence.hold(self._pages.find(keys))
-        sequence.keys = keys[: len(sequence.pages)]
-        sequence.computed = len(sequence.pages) * PAGE_SIZE
-
-    def _let_go(self, sequence: Sequence) -> None:
-        """A request is over: its pages and its draft session."""
-        self._pages.release(sequence.give_up())
-        if self._exchange is not None:
-            self._exchange.free(sequence.session)
-
-    def _make_room(self) -> None:
-        """Pages for all that this step may compute; the oldest requests come first."""
-        for sequence in list(self._running.values()):
-            if sequence.request.id not in self._running:
-                continue  # preempted for an older one
-            block = 0 if sequence.proposal is None else len(sequence.proposal.token_ids)
-            need = pages_for(len(sequence.tokens) + block) - len(sequence.pages)
-            while need > 0:
-                pages = self._pages.allocate(need)
-                if pages is not None:
-                    sequence.hold(pages)
-                    break
-                newest = next(reversed(self._running.values()))
-                self._preempt(newest)
-                if newest is sequence:
-                    break
-
-    def _preempt(self, sequence: Sequence) -> None:
-        del self._running[sequence.request.id]
-        self._pages.release(sequence.give_up())
-        self._waiting.appendleft(sequence)
-        self.preemptions += 1
-
-    def _name_pages(self, sequence: Sequence) -> None:
-        """Let others find the pages that this one has filled."""
-        first = len(sequence.keys)
-        for page, key in zip(
-            sequence.pages[first:].tolist(), sequence.full_page_keys(), strict=False
-        ):
-            self._pages.name(page, key)
-
     def _plan_turns(self) -> list[_Turn]:
         """Who takes part, and with how many rows: all but those whose blocks are under way."""
-        ready = [s for s in self._running.values() if s.wanted_block is None]
+        ready = [s for s in self.roster.running.values() if s.wanted_block is None]
         decoding = [s for s in ready if s.decoding and s.computed]
         turns: list[_Turn] = []
         budget = self._prefill_budget(len(decoding))
@@ -316,7 +204,7 @@ class VerifierEngine:
                 end = sequence.computed + rows
                 turns.append(_Turn(sequence, rows, 0, end == len(sequence.tokens)))
         prefill = sum(turn.rows for turn in turns)
-        if len(decoding) == len(self._running) and self._halves_pay():
+        if len(decoding) == len(self.roster.running) and self._halves_pay():
             # The others keep their blocks, and are stepped while these are drafted for.
             decoding = decoding[: (len(decoding) + 1) // 2]
         lengths = self._plan_verification(decoding, prefill)
@@ -329,7 +217,7 @@ class VerifierEngine:
         One step for all takes less time than two. While the wait is shorter than that, it pays;
         those who are late are waited for as long, and no longer.
         """
-        others = [s for s in self._running.values() if s.wanted_block is None]
+        others = [s for s in self.roster.running.values() if s.wanted_block is None]
         times, exchange = self._times, self._exchange
         if not others or times is None or exchange is None:
             return math.inf  # until the deadline
@@ -347,7 +235,7 @@ class VerifierEngine:
 
     def _halves_pay(self) -> bool:
         """Whether to let drafting and verification overlap."""
-        times, exchange, count = self._times, self._exchange, len(self._running)
+        times, exchange, count = self._times, self._exchange, len(self.roster.running)
         if times is None or exchange is None or not exchange.latency_ms or not self._drafting:
             return False
         tokens, size = round(count * self._rows), self._drafting
@@ -382,7 +270,7 @@ class VerifierEngine:
         ]
         gate.record([block for block in survivals if len(block)])
         # Waiting is over when a step is planned; but a round that waited is worth more tokens.
-        alone = len(decoding) == len(self._running)
+        alone = len(decoding) == len(self.roster.running)
         lengths = plan_lengths(
             survivals,
             times.curve(max(1, len(decoding)), self._asked or self._block_size, waits=alone),
@@ -451,6 +339,10 @@ class VerifierEngine:
             finish_reason=sequence.finish_reason,
         )
 
+    def _free_session(self, session: str) -> None:
+        if self._exchange is not None:
+            self._exchange.free(session)
+
     # -- drafting -----------------------------------------------------------------------------
 
     def _ask_for_blocks(self, sequences: list[Sequence]) -> None:
@@ -466,7 +358,7 @@ class VerifierEngine:
             return  # features wait in their pages and go out when drafting resumes
         size = plan.block_size or self._block_size
         if plan.policy is VerificationPolicy.ADAPTIVE and self._gate is not None:
-            size = self._gate.block_size(len(self._running), size, exchange.latency_ms)
+            size = self._gate.block_size(len(self.roster.running), size, exchange.latency_ms)
             self._drafting = size
         if exchange.ask(sequences, features, size):
             self._asked = size
@@ -483,7 +375,7 @@ class VerifierEngine:
     ) -> None:
         self._steps += 1
         asked, self._asked = self._asked, 0
-        under_way = any(s.wanted_block is not None for s in self._running.values())
+        under_way = any(s.wanted_block is not None for s in self.roster.running.values())
         decode = [turn for turn in turns if turn.emits]
         drafted = sum(result.drafted for result in results)
         prefill = sum(turn.rows for turn in turns) - sum(turn.logit_rows for turn in turns)

@@ -359,10 +359,10 @@ class EngineMachine(RuleBasedStateMachine):
     def forget(self, data: st.DataObject) -> None:
         self.link.engine.free(data.draw(st.sampled_from(sorted(self.live))))
 
-    @precondition(lambda self: self.engine._running)
+    @precondition(lambda self: self.engine.roster.running)
     @rule()
     def preempt(self) -> None:
-        self.engine._preempt(next(reversed(self.engine._running.values())))
+        self.engine.roster.preempt(next(reversed(self.engine.roster.running.values())))
 
     @rule(seed=st.integers(0, 1000), steps=st.integers(1, 4))
     def step(self, seed: int, steps: int) -> None:
@@ -386,7 +386,7 @@ class EngineMachine(RuleBasedStateMachine):
     def pages_are_held_by_those_who_say_so(self) -> None:
         self.engine.check_pages()
         self.link.engine.check_pages()
-        assert all(not sequence.pages.size for sequence in self.engine._waiting)
+        assert all(not sequence.pages.size for sequence in self.engine.roster.waiting)
 
     @invariant()
     def only_live_requests_are_drafted_for(self) -> None:
@@ -447,7 +447,7 @@ def test_the_request_admitted_last_makes_room_and_goes_on_where_it_was() -> None
     sampling = {"temperature": 1.0, "mode": VerifyMode.COUPLED}
     requests = [request(str(i), max_tokens=60, seed=i, **sampling) for i in range(4)]
     tally = run(engine, requests)
-    assert engine.preemptions > 0
+    assert engine.roster.preemptions > 0
     roomy = run(tiny_engine(TARGET, tiny_drafter(TARGET)), requests)
     assert tally.tokens == roomy.tokens
     assert next(r.request_id for r in tally.results if r.finish_reason) == "0"

@@ -1,0 +1,160 @@
+"""Who runs, who waits, and which pages they hold.
+
+Pages are taken as a request grows. When they run out, the request that was admitted last gives its
+pages up and waits at the head of the queue; what it had said stays said, and it goes on from there
+when there is room, its draws being named by position and round and not by time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from dspark.config import EngineConfig
+from dspark.engine.pages import PagePool, page_keys
+from dspark.engine.sequence import Sequence, pages_for
+from dspark.errors import InvalidRequestError, OverloadedError
+from dspark.kernels.attention_plan import PAGE_SIZE
+from dspark.types import FinishReason, Request
+
+
+class Roster:
+    """Belongs to one engine, and to its thread."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        vocab_size: int,
+        max_positions: int,
+        free_session: Callable[[str], None],  # of the draft side
+    ) -> None:
+        self._config = config
+        self._vocab_size, self._max_positions = vocab_size, max_positions
+        self._free_session = free_session
+        self.pages = PagePool(pages_for(config.cache_tokens) + 1)
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[str, Sequence] = {}  # in order of admission
+        self.preemptions = 0
+        self.cached_tokens = 0  # prompt tokens found in the prefix cache
+
+    def add(self, request: Request, stop_token_ids: frozenset[int]) -> None:
+        """Queue a request; InvalidRequestError if it can never run, OverloadedError if full."""
+        total = len(request.prompt_token_ids) + request.sampling.max_tokens
+        if not request.prompt_token_ids:
+            raise InvalidRequestError(
+                "the prompt is empty; send at least one token", param="prompt"
+            )
+        worst = max(request.prompt_token_ids), min(request.prompt_token_ids)
+        if worst[0] >= self._vocab_size or worst[1] < 0:
+            raise InvalidRequestError(
+                f"prompt token ids must lie in 0..{self._vocab_size - 1}; got {worst}",
+                param="prompt",
+            )
+        limit = min(self._max_positions, self.pages.total * PAGE_SIZE)
+        if total > limit:
+            raise InvalidRequestError(
+                f"prompt ({len(request.prompt_token_ids)} tokens) and max_tokens "
+                f"({request.sampling.max_tokens}) come to {total}, more than the context of "
+                f"{limit}: shorten the prompt or lower max_tokens",
+                param="max_tokens",
+            )
+        if request.id in self.running or any(s.request.id == request.id for s in self.waiting):
+            raise InvalidRequestError(f"request id {request.id!r} is in use already", param="id")
+        if len(self.waiting) >= self._config.max_waiting:
+            raise OverloadedError(
+                f"{len(self.waiting)} requests wait already, the most that is allowed; retry later"
+            )
+        self.waiting.append(Sequence(request, stop_token_ids))
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and all it holds; an unknown one is nothing to do."""
+        sequence = self.running.pop(request_id, None)
+        if sequence is None:
+            sequence = next((s for s in self.waiting if s.request.id == request_id), None)
+            if sequence is None:
+                return
+            self.waiting.remove(sequence)
+        sequence.finish_reason = FinishReason.ABORT
+        self._let_go(sequence)
+
+    def admit(self) -> None:
+        """Start waiting requests in order while there is room for what they say already."""
+        while self.waiting and len(self.running) < self._config.max_requests:
+            sequence = self.waiting[0]
+            # One page for each of the others to grow into, or the newcomer would soon be preempted.
+            spare = len(self.running)
+            if self.pages.free <= spare:
+                return
+            if self._config.prefix_cache:
+                self._reuse(sequence)
+            need = pages_for(len(sequence.tokens)) - len(sequence.pages)
+            pages = self.pages.allocate(need) if self.pages.free >= need + spare else None
+            if pages is None:
+                self.pages.release(sequence.give_up())
+                return
+            sequence.hold(pages)
+            self.waiting.popleft()
+            self.running[sequence.request.id] = sequence
+            self.cached_tokens += sequence.computed
+
+    def make_room(self) -> None:
+        """Pages for all that the next step may compute; the oldest requests come first."""
+        for sequence in list(self.running.values()):
+            if sequence.request.id not in self.running:
+                continue  # preempted for an older one
+            block = 0 if sequence.proposal is None else len(sequence.proposal.token_ids)
+            need = pages_for(len(sequence.tokens) + block) - len(sequence.pages)
+            while need > 0:
+                pages = self.pages.allocate(need)
+                if pages is not None:
+                    sequence.hold(pages)
+                    break
+                newest = next(reversed(self.running.values()))
+                self.preempt(newest)
+                if newest is sequence:
+                    break
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running request's pages, and let it wait at the head of the queue."""
+        del self.running[sequence.request.id]
+        self.pages.release(sequence.give_up())
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def settle(self, sequences: Iterable[Sequence]) -> None:
+        """After a step: let others find the pages that these have filled; drop who has finished."""
+        for sequence in sequences:
+            if self._config.prefix_cache:
+                self._name_pages(sequence)
+            if sequence.finish_reason is not None:
+                del self.running[sequence.request.id]
+                self._let_go(sequence)
+        if self._config.check_pages:
+            self.check()
+
+    def check(self) -> None:
+        """RuntimeError if a page is lost, or held otherwise than the requests believe."""
+        self.pages.check(sequence.pages.tolist() for sequence in self.running.values())
+
+    def _reuse(self, sequence: Sequence) -> None:
+        """Begin after the pages that hold the same tokens already, features included.
+
+        The last token is always computed anew: its logits decide what follows.
+        """
+        keys = page_keys(sequence.tokens[:-1])
+        sequence.hold(self.pages.find(keys))
+        sequence.keys = keys[: len(sequence.pages)]
+        sequence.computed = len(sequence.pages) * PAGE_SIZE
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """A request is over: its pages and its draft session."""
+        self.pages.release(sequence.give_up())
+        self._free_session(sequence.session)
+
+    def _name_pages(self, sequence: Sequence) -> None:
+        first = len(sequence.keys)
+        for page, key in zip(
+            sequence.pages[first:].tolist(), sequence.full_page_keys(), strict=False
+        ):
+            self.pages.name(page, key)
