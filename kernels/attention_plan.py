@@ -1,25 +1,42 @@
 """Where the rows of one step lie and what they see: made once a step, used by every layer.
 
-Made with numpy, since a step of a small model is over before torch has made a dozen small tensors.
+Made with numpy, since a step of a small model is over before torch has made a dozen small tensors,
+and kept on the host until the device asks: then all of it goes there in one copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from dspark.kernels.transfer import to_device
 
 PAGE_SIZE = 16  # slots
 
 Pages = npt.NDArray[np.int32]
 
 
+class PlacedPlan(NamedTuple):
+    """The tensors of an AttentionPlan on its device."""
+
+    positions: torch.Tensor
+    reach: torch.Tensor
+    slots: torch.Tensor
+    row_starts: torch.Tensor
+    tables: torch.Tensor
+
+
 @dataclass
 class AttentionPlan:
-    """T rows of S sequences, flattened, each sequence's rows being its newest positions."""
+    """T rows of S sequences, flattened, each sequence's rows being its newest positions.
+
+    The fields are on the host, and `placed` on the device that attends.
+    """
 
     positions: torch.Tensor  # [T] int64, rising by one within a sequence
     reach: torch.Tensor  # [T] int64: the last position that a row sees
@@ -28,8 +45,47 @@ class AttentionPlan:
     row_starts: torch.Tensor  # [S + 1] int64: first row of each sequence, and T
     kv_lens: Sequence[int]  # positions of each sequence, the new rows included
     tables: torch.Tensor  # [S, W] int32: pages of each sequence, in order, padded with 0
+    device: torch.device
     window: int | None = None  # keys that a row sees up to its reach; None: the layer decides
     derived: dict[str, object] = field(default_factory=dict)  # what one kernel alone needs
+    _placed: PlacedPlan | None = field(default=None, init=False)
+
+    def move(self, *others: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors of the host to the plan's device, and the plan with them, in one copy."""
+        if self._placed is not None:
+            return to_device(others, self.device)
+        own = (self.positions, self.reach, self.slots, self.row_starts, self.tables)
+        moved = to_device([*own, *others], self.device)
+        self._placed = PlacedPlan(*moved[: len(own)])
+        return moved[len(own) :]
+
+    @property
+    def placed(self) -> PlacedPlan:
+        """The plan on its device."""
+        if self._placed is None:
+            self.move()
+        assert self._placed is not None
+        return self._placed
+
+
+@dataclass
+class RowPlan:
+    """T rows, each a sequence of its own: all that is known of them lies on the device.
+
+    No shape depends on what the rows are, so that a step can be captured and replayed.
+    """
+
+    positions: torch.Tensor  # [T] int64
+    reach: torch.Tensor  # [T] int64
+    slots: torch.Tensor  # [T] int64
+    tables: torch.Tensor  # [T, W] int32
+    window: int | None = None
+    derived: dict[object, object] = field(default_factory=dict)
+
+    @property
+    def placed(self) -> RowPlan:
+        """Where everything is already."""
+        return self
 
 
 def plan_attention(
@@ -54,18 +110,14 @@ def plan_attention(
     of = np.repeat(np.arange(len(counts)), counts)
     positions = np.arange(row_starts[-1]) + (first - row_starts[:-1])[of]
     slots = tables[of, positions // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + positions % PAGE_SIZE
-    on_device = (
-        torch.from_numpy(array).to(device)
-        for array in (positions, ends[of] - 1 if block else positions, slots, row_starts, tables)
-    )
-    position_tensor, reach, slot_tensor, row_start_tensor, table_tensor = on_device
     return AttentionPlan(
-        positions=position_tensor,
-        reach=reach,
-        slots=slot_tensor,
+        positions=torch.from_numpy(positions),
+        reach=torch.from_numpy(ends[of] - 1 if block else positions),
+        slots=torch.from_numpy(slots),
         row_counts=row_counts,
-        row_starts=row_start_tensor,
+        row_starts=torch.from_numpy(row_starts),
         kv_lens=ends.tolist(),
-        tables=table_tensor,
+        tables=torch.from_numpy(tables),
+        device=torch.device(device),
         window=window,
     )

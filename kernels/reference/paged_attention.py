@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -25,12 +26,14 @@ _GROUPS = "reference groups"
 
 @dataclass(slots=True)
 class _Group:
-    rows: torch.Tensor  # [S, Q] index into the step's rows; padding repeats a row
-    real: torch.Tensor  # [S, Q] bool, False on padding
+    sequences: int  # S
+    longest: int  # Q
+    rows: torch.Tensor | None  # [S·Q] index into the step's rows; padding repeats one; None: all
+    kept: torch.Tensor  # [n] those of the S·Q that are no padding
+    to: torch.Tensor  # [n] rows of the step that they are
     reach: torch.Tensor  # [S, Q]
     slots: torch.Tensor  # [S, L] index into the cache; padding is slot 0
     kv_lens: torch.Tensor  # [S]
-    whole: bool  # no padding among rows, and they are already in order
     masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:  # [S, 1, Q, L]
@@ -62,20 +65,34 @@ def _groups(plan: AttentionPlan) -> list[_Group]:
 
 
 def _group(members: list[int], plan: AttentionPlan) -> _Group:
-    device = plan.reach.device
-    chosen = torch.tensor(members, device=device)
-    counts = torch.tensor([plan.row_counts[s] for s in members], device=device)
-    offset = torch.arange(int(counts.max()), device=device)
-    real = offset < counts[:, None]
-    rows = plan.row_starts[chosen][:, None] + torch.minimum(offset, counts[:, None] - 1)
-    kv_lens = torch.tensor([plan.kv_lens[s] for s in members], device=device)
-    inside = torch.arange(PAGE_SIZE, device=device)
-    slots = (plan.tables[chosen].long()[..., None] * PAGE_SIZE + inside).flatten(1)
-    slots = slots[:, : int(kv_lens.max())]
+    # Who is where is known on the host; asking the device would mean waiting for it.
+    counts = np.array([plan.row_counts[s] for s in members])
+    kv_lens = np.array([plan.kv_lens[s] for s in members])
+    longest, length = int(counts.max()), int(kv_lens.max())
+    offset = np.arange(longest)
+    row_starts = plan.row_starts.numpy()[members, None]
+    rows = (row_starts + np.minimum(offset, counts[:, None] - 1)).flatten()
+    kept = np.flatnonzero(offset < counts[:, None])
+    whole = len(kept) == len(rows) == len(plan.reach)
+    chosen, index, kept_index, to, lens = plan.move(
+        *map(torch.from_numpy, (np.array(members), rows, kept, rows[kept], kv_lens))
+    )
+    inside = torch.arange(PAGE_SIZE, device=plan.device)
+    slots = (plan.placed.tables[chosen].long()[..., None] * PAGE_SIZE + inside).flatten(1)[
+        :, :length
+    ]
     # What lies past a sequence's end is someone else's: even a masked NaN would spread.
-    slots = slots * (torch.arange(slots.shape[1], device=device) < kv_lens[:, None])
-    whole = bool(real.all()) and int(counts.sum()) == plan.reach.numel()
-    return _Group(rows, real, plan.reach[rows], slots, kv_lens, whole)
+    slots = slots * (torch.arange(length, device=plan.device) < lens[:, None])
+    return _Group(
+        sequences=len(members),
+        longest=longest,
+        rows=None if whole else index,
+        kept=kept_index,
+        to=to,
+        reach=plan.placed.reach[index].view(len(members), longest),
+        slots=slots,
+        kv_lens=lens,
+    )
 
 
 def paged_attention(
@@ -94,12 +111,12 @@ def paged_attention(
     fold = heads // kv_heads
     out = query.new_empty(query.shape[0], heads, width)
     for group in _groups(plan):
-        batch, rows = group.rows.shape
+        batch, rows = group.sequences, group.longest
         length = group.slots.shape[1]
         flat = group.slots.flatten()
         k = keys.index_select(0, flat).view(batch, length, kv_heads, -1).transpose(1, 2)
         v = values.index_select(0, flat).view(batch, length, kv_heads, -1).transpose(1, 2)
-        q = query if group.whole else query[group.rows.flatten()]
+        q = query if group.rows is None else query.index_select(0, group.rows)
         # The query heads of one KV head become extra rows, so that its keys are read once.
         q = q.view(batch, rows, kv_heads, fold, -1).permute(0, 2, 3, 1, 4)
         q = q.reshape(batch, kv_heads, fold * rows, -1)
@@ -108,17 +125,17 @@ def paged_attention(
         if softcap is None and sinks is None:
             got = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         else:
-            got = _explicit(q, k, v, mask, scale, softcap, sinks, rows)
+            got = explicit_attention(q, k, v, mask, scale, softcap, sinks, rows)
         got = got.view(batch, kv_heads, fold, rows, width).permute(0, 3, 1, 2, 4)
-        got = got.reshape(batch, rows, heads, width)
-        if group.whole:
-            out.copy_(got.reshape(-1, heads, width))
+        got = got.reshape(batch * rows, heads, width)
+        if group.rows is None:
+            out.copy_(got)
         else:
-            out[group.rows[group.real]] = got[group.real]
+            out.index_copy_(0, group.to, got.index_select(0, group.kept))
     return out
 
 
-def _explicit(
+def explicit_attention(
     q: torch.Tensor,  # [S, G, fold·Q, D]
     k: torch.Tensor,  # [S, G, L, D]
     v: torch.Tensor,  # [S, G, L, Dv]
@@ -127,7 +144,8 @@ def _explicit(
     softcap: float | None,
     sinks: torch.Tensor | None,
     rows: int,
-) -> torch.Tensor:
+) -> torch.Tensor:  # [S, G, fold·Q, Dv]
+    """Attention with what torch's own has no argument for."""
     scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
