@@ -10,16 +10,46 @@ max(p - q, 0), normalised; after the last acceptance draw from p. Each emitted t
 
 Equality (`coupled` and greedy): the target's own choice y is emitted in any case, and a draft token
 stands exactly when it equals y. The output is the target's whatever was drafted.
+
+The `accept_` functions read no value of a tensor, so nothing waits for a GPU; `verify_` ones do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from dspark.decoding.noise import gumbel
+
+
+class Places(NamedTuple):
+    """Where the rows and drafts of each sequence lie."""
+
+    judging: torch.Tensor  # [D] int64: the row that judges each draft
+    grid: torch.Tensor  # [S, max ℓ] int64: each sequence's drafts, D where there are no more
+    first_rows: torch.Tensor  # [S] int64
+    lengths: torch.Tensor  # [S] int64: ℓ_s
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Places:
+        """The places of sequences with so many drafts each, on the host."""
+        counts = np.array(lengths, dtype=np.int64)
+        sequences, total = np.arange(len(counts)), int(counts.sum())
+        first_drafts = np.cumsum(counts) - counts
+        offset = np.arange(counts.max(initial=0))
+        grid = np.where(offset < counts[:, None], first_drafts[:, None] + offset, total)
+        judging = np.arange(total) + np.repeat(sequences, counts)
+        arrays = (judging, grid, first_drafts + sequences, counts)
+        return cls(*map(torch.from_numpy, arrays))
+
+    def standing(self, flags: torch.Tensor) -> torch.Tensor:  # [D] bool -> [S] int64
+        """How many of each sequence's drafts stand before the first that does not."""
+        padded = torch.cat([flags, flags.new_zeros(1)])
+        return padded[self.grid].long().cumprod(dim=1).sum(dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +60,10 @@ class Drafts:
     token_ids: torch.Tensor  # [D] int64
     candidate_ids: torch.Tensor | None = None  # [D, K] int64
     candidate_probs: torch.Tensor | None = None  # [D, K] float32
+
+    def places(self) -> Places:
+        """Where they lie, on their device."""
+        return Places(*(tensor.to(self.token_ids.device) for tensor in Places.of(self.lengths)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,37 +81,36 @@ def verify_rejection(
     recover_draws: torch.Tensor,  # [S] uniform
 ) -> list[Verdict]:
     """Speculative sampling against a sparse proposal law; ValueError if the law is missing."""
+    return _verdicts(accept_rejection(law, drafts, drafts.places(), accept_draws, recover_draws))
+
+
+def accept_rejection(
+    law: torch.Tensor,  # [R, V] target law p
+    drafts: Drafts,
+    places: Places,
+    accept_draws: torch.Tensor,  # [D] uniform
+    recover_draws: torch.Tensor,  # [S] uniform
+) -> torch.Tensor:  # [2, S] int64: how many stand, and what follows them
+    """Speculative sampling against a sparse proposal law; ValueError if the law is missing."""
     if drafts.candidate_ids is None or drafts.candidate_probs is None:
         raise ValueError("rejection needs the proposal's candidates and their probabilities")
-    rows = _judging_rows(drafts.lengths, law.device)
-    p = law[rows, drafts.token_ids]
+    p = law[places.judging, drafts.token_ids]
     hit = drafts.candidate_ids == drafts.token_ids[:, None]
     q = (drafts.candidate_probs * hit).sum(dim=-1)
     # u·q < p rather than u < p/q: the same test, and q = 0 needs no special case
-    accepted = _prefix_lengths((accept_draws * q < p).tolist(), drafts.lengths)
-
-    stop_rows: list[int] = []
-    refused: list[tuple[int, int]] = []  # (sequence, flat draft index) where a draft was refused
-    row = first = 0
-    for s, length in enumerate(drafts.lengths):
-        stop_rows.append(row + accepted[s])
-        if accepted[s] < length:
-            refused.append((s, first + accepted[s]))
-        row += length + 1
-        first += length
-    residual = law[stop_rows].double()
-    if refused:
-        sequences = torch.tensor([s for s, _ in refused], device=law.device)
-        index = torch.tensor([i for _, i in refused], device=law.device)
-        full = residual[sequences]
-        rest = full.scatter_add(
-            1, drafts.candidate_ids[index], -drafts.candidate_probs[index].double()
+    accepted = places.standing(accept_draws * q < p)
+    weights = law[places.first_rows + accepted].double()
+    if len(drafts.token_ids):
+        refused = accepted < places.lengths
+        sequences = torch.arange(len(accepted), device=law.device)
+        at = (places.first_rows - sequences + accepted).clamp_(max=len(drafts.token_ids) - 1)
+        rest = weights.scatter_add(
+            1, drafts.candidate_ids[at], -drafts.candidate_probs[at].double()
         ).clamp_(min=0.0)
         # p = q up to rounding leaves nothing: then p itself is the residual's limit
-        empty = rest.sum(dim=-1, keepdim=True) <= 0.0
-        residual[sequences] = torch.where(empty, full, rest)
-    chosen = _invert_cdf(residual, recover_draws)
-    return [Verdict(a, t) for a, t in zip(accepted, chosen.tolist(), strict=True)]
+        left = rest.sum(dim=-1) > 0.0
+        weights = torch.where((refused & left)[:, None], rest, weights)
+    return torch.stack([accepted, _invert_cdf(weights, recover_draws)])
 
 
 def verify_equal(
@@ -85,14 +118,17 @@ def verify_equal(
     drafts: Drafts,
 ) -> list[Verdict]:
     """Accept drafts while they equal the target's own choices."""
-    rows = _judging_rows(drafts.lengths, choices.device)
-    accepted = _prefix_lengths((choices[rows] == drafts.token_ids).tolist(), drafts.lengths)
-    own = choices.tolist()
-    verdicts, row = [], 0
-    for length, stand in zip(drafts.lengths, accepted, strict=True):
-        verdicts.append(Verdict(stand, own[row + stand]))
-        row += length + 1
-    return verdicts
+    return _verdicts(accept_equal(choices, drafts, drafts.places()))
+
+
+def accept_equal(
+    choices: torch.Tensor,  # [R] int64, the target's own token for each row
+    drafts: Drafts,
+    places: Places,
+) -> torch.Tensor:  # [2, S] int64: how many stand, and what follows them
+    """Accept drafts while they equal the target's own choices."""
+    accepted = places.standing(choices[places.judging] == drafts.token_ids)
+    return torch.stack([accepted, choices[places.first_rows + accepted]])
 
 
 def coupled_choices(
@@ -116,21 +152,6 @@ def _invert_cdf(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     return index.clamp_(max=weights.shape[-1] - 1)
 
 
-def _judging_rows(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    rows: list[int] = []
-    row = 0
-    for length in lengths:
-        rows.extend(range(row, row + length))
-        row += length + 1
-    return torch.tensor(rows, dtype=torch.int64, device=device)
-
-
-def _prefix_lengths(flags: list[bool], lengths: Sequence[int]) -> list[int]:
-    out, first = [], 0
-    for length in lengths:
-        stand = 0
-        while stand < length and flags[first + stand]:
-            stand += 1
-        out.append(stand)
-        first += length
-    return out
+def _verdicts(outcome: torch.Tensor) -> list[Verdict]:
+    accepted, following = outcome.tolist()
+    return [Verdict(a, t) for a, t in zip(accepted, following, strict=True)]

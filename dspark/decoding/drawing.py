@@ -20,7 +20,7 @@ GREEDY, INDEPENDENT, COUPLED = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class DrawRules:
-    """How each session draws the tokens of its block; all on the CPU."""
+    """How each session draws the tokens of its block."""
 
     kinds: torch.Tensor  # [S] int64: GREEDY, INDEPENDENT or COUPLED
     temperature: torch.Tensor  # [S] fp32, above 0
@@ -57,9 +57,13 @@ class DrawRules:
         )
 
     @property
-    def all_greedy(self) -> bool:
-        """Whether nothing is random."""
-        return not bool(self.kinds.any())
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The fields, in order."""
+        return self.kinds, self.temperature, self.top_k, self.top_p, self.keys
+
+    def present(self) -> frozenset[int]:
+        """The kinds that occur: to be read on the host, since a GPU would have to be waited for."""
+        return frozenset(self.kinds.tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +79,22 @@ class DrawnBlocks:
 def draw(
     logits: torch.Tensor,  # [S, V_d]
     vocabulary: torch.Tensor,  # [V_d] int64, draft id -> target id
-    rules: DrawRules,
+    rules: DrawRules,  # on the device of the logits
+    present: frozenset[int],  # kinds that occur in the rules
     position: int,
     candidates: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens [S], and the law they were drawn from: ids and probabilities [S, K]."""
-    device = logits.device
-    kinds, keys = rules.kinds.to(device), rules.keys[:, position].to(device)
+    kinds, keys = rules.kinds, rules.keys[:, position]
     best = vocabulary[logits.argmax(dim=-1)]
     k = min(candidates, logits.shape[-1])
-    if rules.all_greedy:
+    if present <= {GREEDY}:
         none = best.new_zeros(len(best), k)
         return best, none, none.float()
-    ids, probs = proposal_law(
-        logits, k, rules.temperature.to(device), rules.top_k.to(device), rules.top_p.to(device)
-    )
+    ids, probs = proposal_law(logits, k, rules.temperature, rules.top_k, rules.top_p)
     ids = vocabulary[ids]
     index = sample(probs, uniform(keys))
-    if bool((kinds == COUPLED).any()):
+    if COUPLED in present:
         noisy = torch.log(probs.double()) + gumbel(keys, ids)
         index = torch.where(kinds == COUPLED, noisy.argmax(dim=-1), index)
     drawn = torch.where(kinds == GREEDY, best, ids.gather(1, index[:, None])[:, 0])

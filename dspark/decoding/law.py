@@ -10,6 +10,8 @@ top-p (the smallest set of most likely tokens whose mass reaches p).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 # Top-p needs the tokens in order, but a full sort of the vocabulary costs more than the forward
@@ -17,17 +19,33 @@ import torch
 _NUCLEUS_GUESS = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """What of the rules has to be known before anything is computed: read on the host."""
+
+    most_k: int  # the largest top-k that cuts anything; 0: none does
+    nucleus: torch.Tensor  # int64: rows with a top-p below 1
+
+    @classmethod
+    def of(cls, top_k: torch.Tensor, top_p: torch.Tensor, vocabulary: int) -> Cuts:
+        """The cuts that the rules of N rows ask for."""
+        cutting = top_k.masked_fill(top_k >= vocabulary, 0)
+        return cls(max(cutting.tolist(), default=0), (top_p < 1.0).nonzero().flatten())
+
+
 def target_law(
     logits: torch.Tensor,  # [N, V]
     temperature: torch.Tensor,  # [N] > 0
     top_k: torch.Tensor,  # [N] int64, 0 = off
     top_p: torch.Tensor,  # [N] in (0, 1]
+    cuts: Cuts | None = None,  # where the rules lie on a GPU, which would have to be waited for
 ) -> torch.Tensor:  # [N, V] float32, rows sum to 1
     """The target's law after temperature, top-k and top-p."""
+    cuts = cuts or Cuts.of(top_k, top_p, logits.shape[-1])
     scaled = logits.float() / temperature[:, None]
-    scaled = _cut_top_k(scaled, top_k)
+    scaled = _cut_top_k(scaled, top_k, cuts.most_k)
     probs = torch.softmax(scaled, dim=-1)
-    return _cut_top_p(probs, top_p)
+    return _cut_top_p(probs, top_p, cuts.nucleus)
 
 
 def proposal_law(
@@ -48,30 +66,21 @@ def proposal_law(
     return ids, probs / probs.sum(dim=-1, keepdim=True)
 
 
-def _cut_top_k(scaled: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
-    if not bool((top_k > 0).any()):
+def _cut_top_k(scaled: torch.Tensor, top_k: torch.Tensor, most: int) -> torch.Tensor:
+    if not most:
         return scaled
-    vocabulary = scaled.shape[-1]
-    effective = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary)
-    limited = effective[effective < vocabulary]
-    if limited.numel() == 0:
-        return scaled
-    best = scaled.topk(int(limited.max()), dim=-1).values
-    kth = best.gather(1, (effective.clamp(max=best.shape[-1]) - 1)[:, None])
-    cut = (scaled < kth) & (effective < vocabulary)[:, None]
-    return scaled.masked_fill(cut, float("-inf"))
+    cuts = (top_k > 0) & (top_k < scaled.shape[-1])
+    best = scaled.topk(most, dim=-1).values
+    kth = best.gather(1, (top_k.clamp(1, most) - 1)[:, None])
+    return scaled.masked_fill((scaled < kth) & cuts[:, None], float("-inf"))
 
 
-def _cut_top_p(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    rows = (top_p < 1.0).nonzero().flatten()
+def _cut_top_p(probs: torch.Tensor, top_p: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     if rows.numel() == 0:
         return probs
     wanted = probs[rows]
     limit = top_p[rows, None]
-    depth = min(_NUCLEUS_GUESS, probs.shape[-1])
-    values, ids = wanted.topk(depth, dim=-1)
-    if depth < probs.shape[-1] and bool((values.sum(dim=-1, keepdim=True) < limit).any()):
-        values, ids = wanted.sort(dim=-1, descending=True)
+    values, ids = _likeliest(wanted, limit)
     before = values.cumsum(dim=-1) - values
     before[:, 0] = -1.0  # the most likely token always stays, be the limit ever so small
     kept = values.masked_fill(before >= limit, 0.0)
@@ -79,3 +88,17 @@ def _cut_top_p(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     out = probs.clone()
     out[rows] = torch.zeros_like(wanted).scatter_(1, ids, kept)
     return out
+
+
+def _likeliest(
+    probs: torch.Tensor,  # [n, V]
+    mass: torch.Tensor,  # [n, 1]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most likely tokens, in order, as many as it takes for the mass: values and ids."""
+    depth = min(_NUCLEUS_GUESS, probs.shape[-1])
+    # A GPU sorts quickly, and would have to be waited for to learn whether the guess was enough.
+    if probs.device.type == "cpu":
+        values, ids = probs.topk(depth, dim=-1)
+        if depth == probs.shape[-1] or bool((values.sum(dim=-1, keepdim=True) >= mass).all()):
+            return values, ids
+    return probs.sort(dim=-1, descending=True)

@@ -1,24 +1,30 @@
-"""From a step's logits to a verdict for each request, whatever mix of sampling rules it holds."""
+"""From a step's logits to a verdict for each request, whatever mix of sampling rules it holds.
+
+What the host knows of the requests goes to the logits' device in one copy, and the verdicts come
+back in one. Symbols as in dspark.decoding.acceptance.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from dspark.decoding.acceptance import (
     Drafts,
+    Places,
     Verdict,
+    accept_equal,
+    accept_rejection,
     coupled_choices,
-    verify_equal,
-    verify_rejection,
 )
 from dspark.decoding.drawing import COUPLED, GREEDY, INDEPENDENT
-from dspark.decoding.law import target_law
+from dspark.decoding.law import Cuts, target_law
 from dspark.decoding.noise import Stream, draw_key, key_tensor, uniform
 from dspark.kernels.cpu import operators
+from dspark.kernels.transfer import to_device, to_host
 from dspark.types import BlockProposal, Fence, Request, SamplingParams, VerifyMode
 
 
@@ -41,14 +47,17 @@ def judge(
         return []
     if _has_operator(logits):
         return _judge_fast(logits, judged)
-    verdicts: dict[int, Verdict] = {}
-    for members, decide in _split(judged):
-        if not members:
-            continue
-        rows = _rows_of(members, judged, logits.device)
-        part = logits if len(members) == len(judged) else logits[rows]
-        for index, verdict in zip(members, decide(part, [judged[i] for i in members]), strict=True):
-            verdicts[index] = verdict
+    parts = _parts(judged, logits.shape[-1])
+    width = len(_Inputs._fields)
+    moved = to_device([tensor for part in parts for tensor in part.inputs], logits.device)
+    outcomes = [
+        _decide(part, logits, _Inputs(*moved[i * width : (i + 1) * width]))
+        for i, part in enumerate(parts)
+    ]
+    (outcome,) = to_host([torch.cat(outcomes, dim=1)])
+    accepted, following = outcome.tolist()
+    members = [i for part in parts for i in part.members]
+    verdicts = dict(zip(members, map(Verdict, accepted, following), strict=True))
     return [verdicts[i] for i in range(len(judged))]
 
 
@@ -110,53 +119,94 @@ def _noise_keys(one: Judged) -> list[int]:
     return [draw_key(seed, Stream.COUPLED, start + k) for k in range(one.verified + 1)]
 
 
-_Decide = Callable[[torch.Tensor, list[Judged]], list[Verdict]]
+class _Inputs(NamedTuple):
+    """What requests of one kind are decided by. Empty where the kind has no use for it."""
+
+    rows: torch.Tensor  # [R] rows of the step, where not all are theirs
+    drafts: torch.Tensor  # [D]
+    candidate_ids: torch.Tensor  # [D, K]
+    candidate_probs: torch.Tensor  # [D, K]
+    judging: torch.Tensor  # of Places, like the next three
+    grid: torch.Tensor
+    first_rows: torch.Tensor
+    lengths: torch.Tensor
+    temperature: torch.Tensor  # [R] fp32
+    top_k: torch.Tensor  # [R] int64
+    top_p: torch.Tensor  # [R] fp32
+    nucleus: torch.Tensor  # of Cuts
+    accept_keys: torch.Tensor  # [D]
+    recover_keys: torch.Tensor  # [S]
+    noise_keys: torch.Tensor  # [R]
 
 
-def _split(judged: list[Judged]) -> list[tuple[list[int], _Decide]]:
-    greedy: list[int] = []
-    coupled: list[int] = []
-    rejection: list[int] = []
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The requests of one kind."""
+
+    kind: int
+    members: list[int]  # index into all that are judged
+    whole: bool  # there are no others
+    most_k: int  # of Cuts
+    inputs: _Inputs  # on the host
+
+
+def _parts(judged: list[Judged], vocabulary: int) -> list[_Part]:
+    kinds = [_kind(one.request.sampling) for one in judged]
+    return [_part(kind, kinds, judged, vocabulary) for kind in sorted(set(kinds))]
+
+
+def _part(kind: int, kinds: list[int], judged: list[Judged], vocabulary: int) -> _Part:
+    rows: list[int] = []
+    members: list[int] = []
+    end = 0
     for i, one in enumerate(judged):
-        kind = _kind(one.request.sampling)
-        (greedy if kind == GREEDY else coupled if kind == COUPLED else rejection).append(i)
-    return [(greedy, _greedy), (coupled, _coupled), (rejection, _rejection)]
-
-
-def _greedy(logits: torch.Tensor, judged: list[Judged]) -> list[Verdict]:
-    return verify_equal(logits.argmax(dim=-1), _drafts(judged, logits.device))
-
-
-def _coupled(logits: torch.Tensor, judged: list[Judged]) -> list[Verdict]:
-    keys = [key for one in judged for key in _noise_keys(one)]
-    choices = coupled_choices(_law(logits, judged), key_tensor(keys, logits.device))
-    return verify_equal(choices, _drafts(judged, logits.device))
-
-
-def _rejection(logits: torch.Tensor, judged: list[Judged]) -> list[Verdict]:
-    accept, recover = [], []
-    for one in judged:
-        seed, fence = one.request.sampling.seed, one.fence
-        accept += _accept_keys(one)
-        recover.append(draw_key(seed, Stream.RECOVER, fence.epoch, fence.round))
-    device = logits.device
-    return verify_rejection(
-        _law(logits, judged),
-        _drafts(judged, device, with_law=True),
-        uniform(key_tensor(accept, device)),
-        uniform(key_tensor(recover, device)),
+        start, end = end, end + one.verified + 1
+        if kinds[i] == kind:
+            members.append(i)
+            rows += range(start, end)
+    own = [judged[i] for i in members]
+    drafts = _drafts(own, torch.device("cpu"), with_law=kind == INDEPENDENT)
+    nothing = torch.zeros(0)
+    drawn = [] if kind == GREEDY else own  # whose law is needed
+    sampling = [one.request.sampling for one in drawn for _ in range(one.verified + 1)]
+    top_k = torch.tensor([p.top_k for p in sampling], dtype=torch.int64)
+    top_p = torch.tensor([p.top_p for p in sampling])
+    cuts = Cuts.of(top_k, top_p, vocabulary)
+    rejecting = drawn if kind == INDEPENDENT else []
+    fences = [(one.request.sampling.seed, one.fence) for one in rejecting]
+    inputs = _Inputs(
+        torch.tensor(rows),
+        drafts.token_ids,
+        nothing if drafts.candidate_ids is None else drafts.candidate_ids,
+        nothing if drafts.candidate_probs is None else drafts.candidate_probs,
+        *Places.of(drafts.lengths),
+        temperature=torch.tensor([p.temperature for p in sampling]),
+        top_k=top_k,
+        top_p=top_p,
+        nucleus=cuts.nucleus,
+        accept_keys=key_tensor([key for one in rejecting for key in _accept_keys(one)]),
+        recover_keys=key_tensor(
+            [draw_key(seed, Stream.RECOVER, fence.epoch, fence.round) for seed, fence in fences]
+        ),
+        noise_keys=key_tensor(
+            [key for one in drawn if kind == COUPLED for key in _noise_keys(one)]
+        ),
     )
+    return _Part(kind, members, len(own) == len(judged), cuts.most_k, inputs)
 
 
-def _law(logits: torch.Tensor, judged: list[Judged]) -> torch.Tensor:
-    per_row = [one.request.sampling for one in judged for _ in range(one.verified + 1)]
-    device = logits.device
-    return target_law(
-        logits,
-        torch.tensor([p.temperature for p in per_row], device=device),
-        torch.tensor([p.top_k for p in per_row], device=device),
-        torch.tensor([p.top_p for p in per_row], device=device),
-    )
+def _decide(part: _Part, logits: torch.Tensor, on: _Inputs) -> torch.Tensor:  # [2, S]
+    if not part.whole:
+        logits = logits[on.rows]
+    drafts = Drafts((), on.drafts, on.candidate_ids, on.candidate_probs)
+    places = Places(on.judging, on.grid, on.first_rows, on.lengths)
+    if part.kind == GREEDY:
+        return accept_equal(logits.argmax(dim=-1), drafts, places)
+    cuts = Cuts(part.most_k, on.nucleus)
+    law = target_law(logits, on.temperature, on.top_k, on.top_p, cuts)
+    if part.kind == COUPLED:
+        return accept_equal(coupled_choices(law, on.noise_keys), drafts, places)
+    return accept_rejection(law, drafts, places, uniform(on.accept_keys), uniform(on.recover_keys))
 
 
 def _drafts(judged: list[Judged], device: torch.device, with_law: bool = False) -> Drafts:
@@ -186,12 +236,3 @@ def _drafts(judged: list[Judged], device: torch.device, with_law: bool = False) 
         candidate_ids=(torch.cat(ids) if ids else empty.long()).to(device) if with_law else None,
         candidate_probs=(torch.cat(probs) if probs else empty).to(device) if with_law else None,
     )
-
-
-def _rows_of(members: list[int], judged: list[Judged], device: torch.device) -> torch.Tensor:
-    starts, row = [], 0
-    for one in judged:
-        starts.append(row)
-        row += one.verified + 1
-    rows = [starts[i] + k for i in members for k in range(judged[i].verified + 1)]
-    return torch.tensor(rows, dtype=torch.int64, device=device)
