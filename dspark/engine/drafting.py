@@ -14,6 +14,7 @@ from dspark.engine.pages import PagePool
 from dspark.engine.sequence import pages_for
 from dspark.kernels.attention_plan import PAGE_SIZE, Pages, plan_attention
 from dspark.kernels.cpu import operators
+from dspark.kernels.transfer import to_device
 from dspark.models.draft_forward import draft_forward
 from dspark.models.drafter import DSparkDrafter
 from dspark.models.kv_cache import PagedKVCache
@@ -173,14 +174,17 @@ class DraftEngine:
         rows = [row for row in rows if self._sessions.get(row.name) is row.session]
         if not rows:
             return
-        features = torch.cat([row.features for row in rows]).to(self._device, self._dtype)
+        features = torch.cat([row.features for row in rows])
         where = plan_attention(
             [row.session.pages for row in rows],
             [row.start for row in rows],
             [len(row.features) for row in rows],
             self._device,
         )
-        self._forward.write_context(features, where.positions, where.slots, self._kv)
+        (features,) = to_device([features], self._device)
+        placed = where.placed
+        features = features.to(self._device, self._dtype)
+        self._forward.write_context(features, placed.positions, placed.slots, self._kv)
 
     def _draft(self, works: list[DraftWork], size: int) -> list[BlockProposal]:
         """Blocks for works whose session is where the work thinks it is; a stale one wants none."""
@@ -202,10 +206,11 @@ class DraftEngine:
             block=True,
             window=window + size if window else None,
         )
-        anchors = torch.tensor([w.anchor_token_id for w in works], device=self._device)
+        anchors = torch.tensor([w.anchor_token_id for w in works])
         tokens = anchors.new_full((len(works), size), self.config.mask_token_id)
         tokens[:, 0] = anchors
-        hidden = self._forward.hidden(tokens.flatten(), plan, self._kv)
+        tokens, anchors = plan.move(tokens.flatten(), anchors)
+        hidden = self._forward.hidden(tokens, plan, self._kv)
         rules = DrawRules.of([w.fence for w in works], [w.sampling for w in works], size)
         drawn = self._forward.draw(hidden.view(len(works), size, -1), anchors, rules, CANDIDATES)
         tokens_out = drawn.tokens.numpy()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 
 from dspark.engine.draft_link import DraftLink, DraftReplies
@@ -118,7 +119,7 @@ class DraftExchange:
         flows = not 0 < self._window <= _LUMP_ROWS  # else it has all passed when it is wanted
         if not block_size and not flows:
             return False
-        works: list[DraftWork] = []
+        pieces: list[tuple[Sequence, int, int, int]] = []  # whose features, start, end, block size
         room = _CATCH_UP_ROWS
         for sequence in sequences:
             useful = sequence.remaining - 1  # tokens that a block can bring
@@ -132,17 +133,22 @@ class DraftExchange:
             size = min(block_size, useful) if complete else 0
             if size or (end > start and block_size) or (flows and end - start >= _LUMP_ROWS):
                 room = max(0, room - (end - start))
-                works.append(self._work(sequence, features, start, end, size))
-        if works:
+                pieces.append((sequence, start, end, size))
+        if pieces:
+            # one look-up for all, since on a GPU each costs as much as many rows
+            slots = np.concatenate([one.slots(start, end) for one, start, end, _ in pieces])
+            rows = features.rows(torch.from_numpy(slots))
+            parts = rows.split([end - start for _, start, end, _ in pieces])
+            works = [self._work(*piece, part) for piece, part in zip(pieces, parts, strict=True)]
             self._link.submit(works)
-        return any(work.block_size for work in works)
+        return any(size for *_, size in pieces)
 
     def _seen_from(self, sequence: Sequence) -> int:
         """The first position that any coming block sees."""
         return max(0, len(sequence.tokens) - 1 - self._window) if self._window else 0
 
     def _work(
-        self, sequence: Sequence, features: FeatureStore, start: int, end: int, size: int
+        self, sequence: Sequence, start: int, end: int, size: int, features: torch.Tensor
     ) -> DraftWork:
         fence = sequence.fence()
         sequence.sent_features = end
@@ -151,7 +157,7 @@ class DraftExchange:
         return DraftWork(
             fence=fence,
             feature_start=start,
-            features=features.rows(torch.from_numpy(sequence.slots(start, end))),
+            features=features,
             anchor_token_id=sequence.tokens[-1],
             block_size=size,
             sampling=sequence.request.sampling,

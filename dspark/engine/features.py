@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from dspark.kernels.transfer import to_device
 from dspark.models.drafter import FeatureProjection
 
 _GATHERED_ROWS = 64
@@ -22,11 +23,14 @@ class FeatureStore:
         self._num_slots = num_slots
         self._features: torch.Tensor | None = None  # [slots, d]
         self._taps: list[torch.Tensor] = []  # [T, m·d] of steps that are yet to be projected
-        self._slots: list[torch.Tensor] = []  # [T]
+        self._slots: list[torch.Tensor] = []  # [T], on the host
         self._gathered = 0
 
     def keep(self, taps: torch.Tensor, slots: torch.Tensor) -> None:
-        """Take in one step's rows; those of refused drafts are overwritten by later steps."""
+        """Take in one step's rows; those of refused drafts are overwritten by later steps.
+
+        `slots` is on the host, here and below.
+        """
         self._taps.append(taps)
         self._slots.append(slots)
         self._gathered += len(taps)
@@ -38,6 +42,7 @@ class FeatureStore:
         if self._gathered:
             self._project()
         assert self._features is not None, "nothing has been kept"
+        (slots,) = to_device([slots], self._features.device)
         return self._features[slots]
 
     def _project(self) -> None:
@@ -46,7 +51,7 @@ class FeatureStore:
             self._features = features.new_zeros(self._num_slots, features.shape[-1])
         # Step by step: a slot may have been written more than once, and the last one counts.
         parts = features.split([len(slots) for slots in self._slots])
-        for slots, part in zip(self._slots, parts, strict=True):
+        for slots, part in zip(to_device(self._slots, features.device), parts, strict=True):
             self._features.index_copy_(0, slots, part)
         self._taps.clear()
         self._slots.clear()

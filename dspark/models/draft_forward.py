@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from dspark.decoding.drawing import DrawnBlocks, DrawRules, draw
 from dspark.kernels.attention_plan import AttentionPlan
 from dspark.kernels.cpu import operators
+from dspark.kernels.transfer import to_device, to_host
 from dspark.models.drafter import DSparkDrafter
 from dspark.models.fused import FusedLayers
 from dspark.models.kv_cache import PagedKVCache
@@ -50,9 +51,9 @@ class DraftForward(Protocol):
         self,
         hidden: torch.Tensor,  # [S, γ, d]
         anchors: torch.Tensor,  # [S]
-        rules: DrawRules,
+        rules: DrawRules,  # on the host
         candidates: int,  # K
-    ) -> DrawnBlocks:
+    ) -> DrawnBlocks:  # on the host
         """Left to right: Markov bias, draw, confidence."""
 
 
@@ -92,7 +93,7 @@ class ModuleDraftForward:
         drafter = self._drafter
         drafter.use_attention(ATTENTION_NAME)
         x = F.embedding(tokens[None], drafter.embed_weight).to(drafter.norm.weight.dtype)
-        embeddings = drafter.rotary_emb(x, plan.positions[None])
+        embeddings = drafter.rotary_emb(x, plan.placed.positions[None])
         for layer in drafter.layers:
             x = layer(
                 x,
@@ -111,22 +112,21 @@ class ModuleDraftForward:
         """See DraftForward."""
         head, vocabulary = self._drafter.markov_head, self._drafter.draft_token_ids
         base = self._head(hidden)
+        present = rules.present()
+        rules = DrawRules(*to_device(rules.tensors, hidden.device))
         previous = anchors
         tokens, scores, ids, probs = [], [], [], []
         for k in range(base.shape[1]):
             embedded = head.embed(previous)
             scores.append(self._drafter.confidence_head(hidden[:, k], embedded))
             logits = base[:, k] + head.bias(embedded)
-            previous, law_ids, law_probs = draw(logits, vocabulary, rules, k, candidates)
+            previous, law_ids, law_probs = draw(logits, vocabulary, rules, present, k, candidates)
             tokens.append(previous)
             ids.append(law_ids)
             probs.append(law_probs)
-        return DrawnBlocks(
-            tokens=torch.stack(tokens, 1).cpu(),
-            confidence_logits=torch.stack(scores, 1).float().cpu(),
-            candidate_ids=torch.stack(ids, 1).cpu(),
-            candidate_probs=torch.stack(probs, 1).cpu(),
-        )
+        confidences = torch.stack(scores, 1).float()
+        drawn = (torch.stack(tokens, 1), confidences, torch.stack(ids, 1), torch.stack(probs, 1))
+        return DrawnBlocks(*to_host(drawn))
 
 
 class FusedDraftForward:
