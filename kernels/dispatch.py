@@ -10,9 +10,10 @@ from typing import Protocol
 
 import torch
 
-from dspark.kernels.attention_plan import PAGE_SIZE, AttentionPlan
+from dspark.kernels.attention_plan import PAGE_SIZE, AttentionPlan, RowPlan
 from dspark.kernels.cpu import operators
 from dspark.kernels.reference.paged_attention import paged_attention
+from dspark.kernels.reference.row_attention import row_attention
 
 
 class KVStore(Protocol):
@@ -29,7 +30,7 @@ class KVStore(Protocol):
     def attend(
         self,
         query: torch.Tensor,  # [T, H, D]
-        plan: AttentionPlan,
+        plan: AttentionPlan | RowPlan,
         *,
         scale: float,
         window: int | None,
@@ -56,7 +57,7 @@ class RowStore:
     def attend(
         self,
         query: torch.Tensor,
-        plan: AttentionPlan,
+        plan: AttentionPlan | RowPlan,
         *,
         scale: float,
         window: int | None,
@@ -64,15 +65,14 @@ class RowStore:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of the plan's rows over what has been written."""
+        keys, values = self.keys, self.values
+        if isinstance(plan, RowPlan):
+            return row_attention(
+                query, keys, values, plan,
+                scale=scale, window=window, softcap=softcap, sinks=sinks,
+            )  # fmt: skip
         return paged_attention(
-            query,
-            self.keys,
-            self.values,
-            plan,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
+            query, keys, values, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
         )
 
 
@@ -90,7 +90,7 @@ class CpuStore:
     def attend(
         self,
         query: torch.Tensor,
-        plan: AttentionPlan,
+        plan: AttentionPlan | RowPlan,
         *,
         scale: float,
         window: int | None,
@@ -98,6 +98,7 @@ class CpuStore:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of the plan's rows over what has been written."""
+        assert isinstance(plan, AttentionPlan)  # rows alone are for devices that replay steps
         rows, heads, width = query.shape
         out = operators.attention(
             query.reshape(rows, heads * width),

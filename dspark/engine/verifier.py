@@ -115,7 +115,7 @@ class VerifierEngine:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Pay for first uses, the cache's memory above all, before the first request comes."""
-        row = torch.zeros(1, dtype=torch.int64, device=self.target.device)
+        row = torch.zeros(1, dtype=torch.int64)
         page = np.ones(1, dtype=np.int32)
         plan = plan_attention([page], [0], [1], self.target.device)
         out = self.target.forward(TargetBatch(row, plan, row), self._kv)
@@ -299,17 +299,16 @@ class VerifierEngine:
                 assert sequence.proposal is not None
                 tokens += sequence.proposal.token_ids[: turn.verified].tolist()
             logit_rows += range(len(tokens) - turn.logit_rows, len(tokens))
-        device = self.target.device
         plan = plan_attention(
             [turn.sequence.pages for turn in turns],
             [turn.sequence.computed for turn in turns],
             [turn.rows for turn in turns],
-            device,
+            self.target.device,
         )
         batch = TargetBatch(
-            token_ids=torch.tensor(tokens, device=device),
+            token_ids=torch.tensor(tokens),
             attention=plan,
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+            logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         )
         out = self.target.forward(batch, self._kv)
         if self._features is not None and out.taps is not None:

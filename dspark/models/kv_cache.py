@@ -1,7 +1,8 @@
 """A paged KV cache: one store a layer, a page being `PAGE_SIZE` consecutive slots.
 
 Which slot belongs to whom is decided elsewhere (dspark.engine.pages). Page 0 belongs to nobody, so
-that slot 0 can pad index tables; it stays zero, since even a masked NaN would spread.
+that slot 0 can pad index tables; it stays zero, since even a masked NaN would spread. What has to
+be written but is never read goes to NOWHERE.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch
 
 from dspark.kernels.attention_plan import PAGE_SIZE
 from dspark.kernels.dispatch import CpuStore, KVStore, new_store
+
+NOWHERE = 1  # a slot of page 0
 
 
 class PagedKVCache:
@@ -44,6 +47,11 @@ class PagedKVCache:
             store = self._layers[layer] = CpuStore(self.num_pages, kv_heads, width)
         assert isinstance(store, CpuStore)
         return store.keys, store.values
+
+    @property
+    def allocated(self) -> bool:
+        """Whether a forward has been here, so that all layers have their memory."""
+        return bool(self._layers)
 
     def holds(self, layer: int) -> bool:
         """Whether the layer has been written at all."""

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from dspark.errors import CheckpointError
-from dspark.kernels.attention_plan import AttentionPlan, plan_attention
+from dspark.kernels.attention_plan import AttentionPlan, RowPlan, plan_attention
 from dspark.models.fused import FusedDecoder
+from dspark.models.graphs import PaddedSteps
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
 
@@ -31,11 +32,14 @@ _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 @dataclass(frozen=True, slots=True)
 class TargetBatch:
-    """One step's rows, flattened over sequences. T rows, N of them with logits."""
+    """One step's rows, flattened over sequences: T rows, N of them with logits.
+
+    All is on the host, whatever the device: the target moves it, in one copy.
+    """
 
     token_ids: torch.Tensor  # [T] int64
     attention: AttentionPlan
-    logit_rows: torch.Tensor  # [N] int64
+    logit_rows: torch.Tensor  # [N] int64, rising
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +54,14 @@ class TargetModel:
     """A causal LM over pages, with taps on chosen layers."""
 
     def __init__(
-        self, model: Any, tap_layer_ids: tuple[int, ...] = (), *, fused: bool = True
+        self,
+        model: Any,
+        tap_layer_ids: tuple[int, ...] = (),
+        *,
+        fused: bool = True,
+        padded: bool | None = None,
     ) -> None:
+        """`padded`: whether steps of few rows are padded (models.graphs); None: on CUDA."""
         config = model.config.get_text_config()
         _refuse_unsupported(config)
         self.model = model.eval().requires_grad_(False)
@@ -69,6 +79,7 @@ class TargetModel:
         _check_taps(tap_layer_ids, config.num_hidden_layers)
         self._tapped: dict[int, torch.Tensor] = {}
         self._fused: FusedDecoder | None = None
+        self.padded: PaddedSteps | None = None
         if fused and FusedDecoder.fits(model):
             self._fused = FusedDecoder(model)
             self._lm_head = PackedLinear(model.get_output_embeddings(), torch.float32)
@@ -80,6 +91,9 @@ class TargetModel:
         if can_pack(self.dtype, self.device):
             pack_linears(model)
         self._check_attention()
+        on_cuda = self.device.type == "cuda"
+        if on_cuda if padded is None else padded:
+            self.padded = PaddedSteps(self._run, self.device, capture=on_cuda)
 
     @property
     def fused(self) -> bool:
@@ -105,7 +119,7 @@ class TargetModel:
 
     def _check_attention(self) -> None:
         """Run one token; CheckpointError unless every layer's attention reads our pages."""
-        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        zero = torch.zeros(1, dtype=torch.int64)
         kv = PagedKVCache(2, self.device)
         page = np.ones(1, dtype=np.int32)
         self.forward(TargetBatch(zero, plan_attention([page], [0], [1], self.device), zero), kv)
@@ -126,19 +140,35 @@ class TargetModel:
                 self.tap_layer_ids,
             )
             return TargetOutput(self._lm_head(hidden), taps)
+        out = None
+        if self.padded is not None:
+            out = self.padded.run(batch.token_ids, batch.attention, batch.logit_rows, kv)
+        if out is None:
+            token_ids, logit_rows = batch.attention.move(batch.token_ids, batch.logit_rows)
+            out = self._run(token_ids, batch.attention, logit_rows, kv)
+        return TargetOutput(*out)
+
+    def _run(
+        self,
+        token_ids: torch.Tensor,  # [T]
+        plan: AttentionPlan | RowPlan,
+        logit_rows: torch.Tensor,  # [N]
+        kv: PagedKVCache,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The modules' forward: logits [N, V], and taps [T, m·d]."""
         out = self.model(
-            input_ids=batch.token_ids[None],
-            position_ids=batch.attention.positions[None],
+            input_ids=token_ids[None],
+            position_ids=plan.placed.positions[None],
             use_cache=False,
-            logits_to_keep=batch.logit_rows,
-            dspark_plan=batch.attention,
+            logits_to_keep=logit_rows,
+            dspark_plan=plan,
             dspark_kv=kv,
         )
         taps = None
         if self.tap_layer_ids:
             taps = torch.cat([self._tapped[i][0] for i in self.tap_layer_ids], dim=-1)
             self._tapped.clear()
-        return TargetOutput(out.logits[0], taps)
+        return out.logits[0], taps
 
 
 def register_attention() -> None:
@@ -153,7 +183,7 @@ def _attend(
     value: torch.Tensor,  # [1, G, T, Dv]
     attention_mask: torch.Tensor | None,
     *,
-    dspark_plan: AttentionPlan | None = None,
+    dspark_plan: AttentionPlan | RowPlan | None = None,
     dspark_kv: PagedKVCache | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -167,7 +197,7 @@ def _attend(
     layer = _kv_layer(module)
     if layer == module.layer_idx:
         k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        dspark_kv.write(layer, k, v, dspark_plan.slots)
+        dspark_kv.write(layer, k, v, dspark_plan.placed.slots)
     out = dspark_kv.layer(layer).attend(
         query[0].transpose(0, 1),
         dspark_plan,

@@ -59,11 +59,11 @@ def capture(
     anchors = ((positions >= first) & (positions < last)).nonzero()[:, 0]
     law_rows = torch.full_like(positions, -1)
     law_rows[anchors] = torch.arange(len(anchors))
-    positions, anchors = positions.to(device), anchors.to(device)
-    tokens = torch.tensor([t for r in rows for t in r], device=device)
+    tokens = torch.tensor([t for r in rows for t in r])
     attention = plan_attention(tables, [0] * len(rows), counts, device)
     out = target.forward(TargetBatch(tokens, attention, logit_rows=anchors), kv)
     assert out.taps is not None
+    tokens, positions, anchors = (t.to(device) for t in (tokens, positions, anchors))
     with torch.no_grad():
         return Captured(
             tokens,

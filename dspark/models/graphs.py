@@ -1,0 +1,196 @@
+"""Steps of few rows in padded shapes, captured as CUDA graphs and replayed (paper §5.3).
+
+A small step costs a GPU less than launching its kernels costs the host. So every row is made a
+sequence of its own, rows and pages are padded to a few sizes, and the target's forward is captured
+once for each size that occurs: what comes in lies in static buffers, filled by one copy.
+
+The LM head runs on every row. Nearly all rows of such steps are asked for their logits, and a
+matrix that is read for one row costs the same for some dozens.
+
+Where nothing can be captured the same padded step runs as it is, which is how it is tested.
+
+Symbols as in dspark.models.target, T and W being padded; W pages a row.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from dspark.kernels.attention_plan import PAGE_SIZE, AttentionPlan, RowPlan
+from dspark.kernels.transfer import Packing
+from dspark.models.kv_cache import NOWHERE, PagedKVCache
+
+log = logging.getLogger(__name__)
+
+ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_FEW_ROWS = 16  # of one sequence: an anchor and its block, not a prompt
+# Keys that the rows gather, in all: beyond, copying them takes longer than launches would.
+_MOST_KEYS = 1 << 16
+_MOST_GRAPHS = 64  # of one cache; the least recently used goes
+_WARM_UPS = 2  # libraries choose their kernels, and make their workspaces, in the first runs
+
+Shape = tuple[int, int]  # T, W
+Output = tuple[torch.Tensor, torch.Tensor | None]  # logits [N, V] and taps [T, m·d]
+# The target's forward: token ids [T], their plan, rows with logits [N], the cache.
+Forward = Callable[[torch.Tensor, RowPlan, torch.Tensor, PagedKVCache], Output]
+
+
+def bucket(plan: AttentionPlan) -> Shape | None:
+    """The padded shape of a step; None for one that is better run as it is."""
+    rows, width = len(plan.reach), plan.tables.shape[1]
+    if max(plan.row_counts) > _FEW_ROWS or rows > ROW_BUCKETS[-1]:
+        return None
+    rows = next(size for size in ROW_BUCKETS if size >= rows)
+    width = 1 << (width - 1).bit_length()
+    return (rows, width) if rows * width * PAGE_SIZE <= _MOST_KEYS else None
+
+
+class PaddedSteps:
+    """The padded steps of one target, over any number of caches."""
+
+    def __init__(self, forward: Forward, device: torch.device, *, capture: bool) -> None:
+        """`capture`: whether graphs are made; `device` must be a CUDA device then."""
+        self._forward = forward
+        self._device = device
+        self._side = torch.cuda.Stream(device) if capture else None  # where warm-ups run
+        self._caches: WeakKeyDictionary[PagedKVCache, _Captured] = WeakKeyDictionary()
+        self._logits: torch.Tensor | None = None  # [most rows, V] what graphs write, and the taps
+        self._taps: torch.Tensor | None = None  # [most rows, m·d]
+        self.failed = False  # a capture did; steps run as they are from then on
+
+    def graphs(self, kv: PagedKVCache) -> int:
+        """Graphs that are held for a cache."""
+        made = self._caches.get(kv)
+        return 0 if made is None else len(made.steps)
+
+    def run(
+        self,
+        token_ids: torch.Tensor,  # [T] int64, on the host
+        plan: AttentionPlan,
+        logit_rows: torch.Tensor,  # [N] int64, on the host
+        kv: PagedKVCache,
+    ) -> Output | None:
+        """The step's output, or None if it is not one for padding."""
+        shape = bucket(plan)
+        # A graph knows where the cache lies: its memory must be there before.
+        if shape is None or self.failed or not kv.allocated:
+            return None
+        held = self._caches.setdefault(kv, _Captured())
+        step = held.steps.get(shape)
+        if step is None:
+            step = _Step(shape, self._device)
+        step.fill(token_ids, plan, logit_rows)
+        if shape not in held.steps:
+            if self._side is not None and not self._captured(step, self._side, kv, held):
+                return None
+            held.steps[shape] = step
+            if len(held.steps) > _MOST_GRAPHS:
+                held.steps.popitem(last=False)
+        held.steps.move_to_end(shape)
+        if step.graph is None:
+            self._write(step, kv)
+        else:
+            step.graph.replay()
+        return self._taken(step, len(token_ids), len(logit_rows))
+
+    def _taken(self, step: _Step, rows: int, wanted: int) -> Output:
+        """Copies, since the next step writes to the same buffers."""
+        assert self._logits is not None
+        logits = self._logits[:rows]
+        logits = logits.clone() if wanted == rows else logits[step.logit_rows[:wanted]]
+        return logits, None if self._taps is None else self._taps[:rows].clone()
+
+    def _write(self, step: _Step, kv: PagedKVCache) -> None:
+        """Run the step on what its buffers hold; its output goes to the shared ones."""
+        # A new plan each time: what kernels derive from one must not outlive a capture.
+        plan = RowPlan(step.positions, step.reach, step.slots, step.tables)
+        logits, taps = self._forward(step.token_ids, plan, step.every_row, kv)
+        rows = len(logits)
+        if self._logits is None:
+            self._logits = logits.new_empty(ROW_BUCKETS[-1], logits.shape[1])
+            self._taps = None if taps is None else taps.new_empty(ROW_BUCKETS[-1], taps.shape[1])
+        self._logits[:rows].copy_(logits)
+        if self._taps is not None and taps is not None:
+            self._taps[:rows].copy_(taps)
+
+    def _captured(
+        self, step: _Step, side: torch.cuda.Stream, kv: PagedKVCache, held: _Captured
+    ) -> bool:
+        """Capture a step whose buffers are filled; False, for good, if that cannot be done."""
+        started = time.perf_counter()
+        main = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        if held.pool is None:
+            held.pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.stream(main):  # a capture that fails leaves its own stream current
+                side.wait_stream(main)
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UPS):
+                        self._write(step, kv)
+                # Other threads of the process (a drafter's) may allocate meanwhile.
+                with torch.cuda.graph(
+                    graph, pool=held.pool, stream=side, capture_error_mode="thread_local"
+                ):
+                    self._write(step, kv)
+                main.wait_stream(side)
+        except RuntimeError as error:
+            self.failed = True
+            self._caches.clear()
+            log.warning("steps are not captured, and cost more to launch: %s", error)
+            return False
+        step.graph = graph
+        log.info(
+            "captured a step of %d rows over %d pages in %.0f ms (%d before it)",
+            *step.shape, (time.perf_counter() - started) * 1e3, len(held.steps),
+        )  # fmt: skip
+        return True
+
+
+class _Step:
+    """The static inputs of one shape, and its graph."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape = shape
+        self.graph: torch.cuda.CUDAGraph | None = None
+        rows, width = shape
+        lines = torch.zeros(5, rows, dtype=torch.int64)
+        # Padding: a row that reads the zeros of slot 0 alone, and is written where nobody reads.
+        lines[3] = NOWHERE
+        padding = [*lines, torch.zeros(rows, width, dtype=torch.int32)]
+        self._packing = Packing(padding)
+        self._padding = self._packing.fill(self._packing.buffer("cpu"), padding)
+        self._buffer = self._packing.buffer(device)
+        views = self._packing.views(self._buffer)
+        self.token_ids, self.positions, self.reach, self.slots, self.logit_rows = views[:5]
+        self.tables = views[5]
+        self.every_row = torch.arange(rows, device=device)
+
+    def fill(self, token_ids: torch.Tensor, plan: AttentionPlan, logit_rows: torch.Tensor) -> None:
+        """Take in a step that fits, in one copy."""
+        staged = self._packing.buffer("cpu", pinned=self._buffer.device.type == "cuda")
+        staged.copy_(self._padding)
+        *lines, tables = self._packing.views(staged)
+        given = (token_ids, plan.positions, plan.reach, plan.slots, logit_rows)
+        for line, values in zip(lines, given, strict=True):
+            line[: len(values)] = values
+        of = torch.from_numpy(np.repeat(np.arange(len(plan.row_counts)), plan.row_counts))
+        tables[: len(of), : plan.tables.shape[1]] = plan.tables[of]
+        self._buffer.copy_(staged, non_blocking=True)
+
+
+@dataclass(slots=True)
+class _Captured:
+    """What is held for one cache, least recently used first; its graphs share their memory."""
+
+    steps: OrderedDict[Shape, _Step] = field(default_factory=OrderedDict)
+    pool: Any = None  # torch's handle of that memory
