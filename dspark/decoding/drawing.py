@@ -75,6 +75,11 @@ class DrawnBlocks:
     candidate_ids: torch.Tensor  # [S, B, K] int64; zeros where a session's kind needs no law
     candidate_probs: torch.Tensor  # [S, B, K] fp32
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The fields, in order."""
+        return self.tokens, self.confidence_logits, self.candidate_ids, self.candidate_probs
+
 
 def draw(
     logits: torch.Tensor,  # [S, V_d]

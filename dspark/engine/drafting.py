@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
-from dspark.decoding.drawing import INDEPENDENT, DrawRules
+from dspark.decoding.drawing import INDEPENDENT, DrawnBlocks, DrawRules
 from dspark.engine.pages import PagePool
 from dspark.engine.sequence import pages_for
 from dspark.kernels.attention_plan import PAGE_SIZE, Pages, plan_attention
 from dspark.kernels.cpu import operators
-from dspark.kernels.transfer import to_device
+from dspark.kernels.transfer import to_device, to_host
 from dspark.models.draft_forward import draft_forward
 from dspark.models.drafter import DSparkDrafter
 from dspark.models.kv_cache import PagedKVCache
@@ -43,6 +44,36 @@ class _Rows:
     session: _Session
     features: torch.Tensor  # [n, d]
     start: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """Blocks of one size, on the device."""
+
+    works: list[DraftWork]
+    kinds: list[int]
+    drawn: DrawnBlocks
+
+    def proposals(
+        self,
+        tokens: torch.Tensor,  # of DrawnBlocks, on the host, like the others
+        confidence_logits: torch.Tensor,
+        candidate_ids: torch.Tensor,
+        candidate_probs: torch.Tensor,
+    ) -> list[BlockProposal]:
+        """A block a work; its law where it has to be known."""
+        token_ids, confidences = tokens.numpy(), torch.sigmoid(confidence_logits).numpy()
+        ids, probs = candidate_ids.numpy(), candidate_probs.numpy()
+        return [
+            BlockProposal(
+                fence=work.fence,
+                token_ids=token_ids[s],
+                confidences=confidences[s],
+                candidate_ids=ids[s] if kind == INDEPENDENT else None,
+                candidate_probs=probs[s] if kind == INDEPENDENT else None,
+            )
+            for s, (work, kind) in enumerate(zip(self.works, self.kinds, strict=True))
+        ]
 
 
 class DraftEngine:
@@ -104,9 +135,13 @@ class DraftEngine:
             elif work.block_size > 0:
                 ready.append(work)
         self._write(rows)
-        proposals: list[BlockProposal] = []
-        for size in sorted({w.block_size for w in ready}):
-            proposals.extend(self._draft([w for w in ready if w.block_size == size], size))
+        drafts = [self._draft(own, size) for size, own in sorted(self._current(ready).items())]
+        arrived = iter(to_host([tensor for draft in drafts for tensor in draft.drawn.tensors]))
+        proposals = [
+            proposal
+            for draft in drafts
+            for proposal in draft.proposals(*islice(arrived, len(draft.drawn.tensors)))
+        ]
         return proposals, resyncs
 
     def _ingest(self, work: DraftWork, rows: list[_Rows]) -> int | None:
@@ -186,22 +221,22 @@ class DraftEngine:
         features = features.to(self._device, self._dtype)
         self._forward.write_context(features, placed.positions, placed.slots, self._kv)
 
-    def _draft(self, works: list[DraftWork], size: int) -> list[BlockProposal]:
-        """Blocks for works whose session is where the work thinks it is; a stale one wants none."""
-        pairs = [
-            (work, session)
-            for work in works
-            if (session := self._sessions.get(work.fence.session)) is not None
-            and session.length == work.fence.committed_len - 1
-        ]
-        if not pairs:
-            return []
-        works = [work for work, _ in pairs]
+    def _current(self, works: Seq[DraftWork]) -> dict[int, list[DraftWork]]:
+        """By block size, works whose session is where they think it is; a stale one wants none."""
+        of: dict[int, list[DraftWork]] = {}
+        for work in works:
+            session = self._sessions.get(work.fence.session)
+            if session is not None and session.length == work.fence.committed_len - 1:
+                of.setdefault(work.block_size, []).append(work)
+        return of
+
+    def _draft(self, works: list[DraftWork], size: int) -> _Draft:
+        sessions = [self._sessions[work.fence.session] for work in works]
         window = self.config.context_window
         plan = plan_attention(
-            [session.pages for _, session in pairs],
-            [session.length for _, session in pairs],
-            [size] * len(pairs),
+            [session.pages for session in sessions],
+            [session.length for session in sessions],
+            [size] * len(works),
             self._device,
             block=True,
             window=window + size if window else None,
@@ -210,19 +245,7 @@ class DraftEngine:
         tokens = anchors.new_full((len(works), size), self.config.mask_token_id)
         tokens[:, 0] = anchors
         tokens, anchors = plan.move(tokens.flatten(), anchors)
-        hidden = self._forward.hidden(tokens, plan, self._kv)
+        hidden = self._forward.hidden(tokens, plan, self._kv).view(len(works), size, -1)
         rules = DrawRules.of([w.fence for w in works], [w.sampling for w in works], size)
-        drawn = self._forward.draw(hidden.view(len(works), size, -1), anchors, rules, CANDIDATES)
-        tokens_out = drawn.tokens.numpy()
-        confidences = torch.sigmoid(drawn.confidence_logits).numpy()
-        ids, probs = drawn.candidate_ids.numpy(), drawn.candidate_probs.numpy()
-        return [
-            BlockProposal(
-                fence=work.fence,
-                token_ids=tokens_out[s],
-                confidences=confidences[s],
-                candidate_ids=ids[s] if kind == INDEPENDENT else None,
-                candidate_probs=probs[s] if kind == INDEPENDENT else None,
-            )
-            for s, (work, kind) in enumerate(zip(works, rules.kinds.tolist(), strict=True))
-        ]
+        drawn = self._forward.draw(hidden, anchors, rules, CANDIDATES)
+        return _Draft(works, rules.kinds.tolist(), drawn)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from dspark.decoding.drawing import DrawnBlocks, DrawRules, draw
 from dspark.kernels.attention_plan import AttentionPlan
 from dspark.kernels.cpu import operators
-from dspark.kernels.transfer import to_device, to_host
+from dspark.kernels.transfer import to_device
 from dspark.models.drafter import DSparkDrafter
 from dspark.models.fused import FusedLayers
 from dspark.models.kv_cache import PagedKVCache
@@ -53,7 +53,7 @@ class DraftForward(Protocol):
         anchors: torch.Tensor,  # [S]
         rules: DrawRules,  # on the host
         candidates: int,  # K
-    ) -> DrawnBlocks:  # on the host
+    ) -> DrawnBlocks:
         """Left to right: Markov bias, draw, confidence."""
 
 
@@ -124,9 +124,12 @@ class ModuleDraftForward:
             tokens.append(previous)
             ids.append(law_ids)
             probs.append(law_probs)
-        confidences = torch.stack(scores, 1).float()
-        drawn = (torch.stack(tokens, 1), confidences, torch.stack(ids, 1), torch.stack(probs, 1))
-        return DrawnBlocks(*to_host(drawn))
+        return DrawnBlocks(
+            tokens=torch.stack(tokens, 1),
+            confidence_logits=torch.stack(scores, 1).float(),
+            candidate_ids=torch.stack(ids, 1),
+            candidate_probs=torch.stack(probs, 1),
+        )
 
 
 class FusedDraftForward:

@@ -40,7 +40,7 @@ def test_a_step_waits_for_its_verdicts_and_its_blocks(
     padded: bool, drafts: bool, window: int, kinds: tuple[SamplingParams, ...]
 ) -> None:
     engine = far_engine(padded, drafts, window)
-    for i, kind in enumerate(kinds):
+    for i, kind in enumerate(kinds):  # some end early, and then want shorter blocks
         engine.add(Request(str(i), (1, 2, 3) * (1 + 5 * i), kind))
     waits, verified = [], 0
     for _ in range(6):
