@@ -12,6 +12,7 @@ from scipy import stats
 
 from dspark.decoding.acceptance import (
     Drafts,
+    Places,
     coupled_choices,
     sample,
     verify_equal,
@@ -129,6 +130,18 @@ def test_the_sequences_of_a_batch_are_judged_each_alone(case: Case) -> None:
     own = case.law.argmax(-1)
     assert verify_equal(own, case.drafts) == [
         verify_equal(one.law.argmax(-1), one.drafts)[0] for one in alone
+    ]
+
+
+@given(st.lists(st.lists(st.booleans(), max_size=5), min_size=1, max_size=6))
+def test_what_stands_is_the_drafts_before_the_first_refused(flags: list[list[bool]]) -> None:
+    places = Places.of([len(own) for own in flags])
+    standing = places.standing(torch.tensor([flag for own in flags for flag in own]).bool())
+    assert standing.tolist() == [[*own, False].index(False) for own in flags]
+    rows = [(s, k) for s, own in enumerate(flags) for k in range(len(own) + 1)]
+    assert [rows[row] for row in places.first_rows] == [(s, 0) for s in range(len(flags))]
+    assert [rows[row] for row in places.judging] == [
+        (s, k) for s, own in enumerate(flags) for k in range(len(own))
     ]
 
 
