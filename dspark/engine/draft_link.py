@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -57,7 +56,6 @@ class LocalDraftLink:
     def __init__(self, engine: DraftEngine) -> None:
         self._engine = engine
         self._replies = DraftReplies()
-        self.busy_s = 0.0  # spent drafting so far
 
     @property
     def available(self) -> bool:
@@ -66,9 +64,7 @@ class LocalDraftLink:
 
     def submit(self, works: Sequence[DraftWork]) -> None:
         """Ingest and draft at once."""
-        started = time.perf_counter()
         proposals, resyncs = self._engine.run(works)
-        self.busy_s += time.perf_counter() - started
         self._replies.proposals.extend(proposals)
         self._replies.resyncs.extend(resyncs)
 

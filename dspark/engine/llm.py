@@ -82,11 +82,6 @@ class LLM:
         """Whether there is a drafter."""
         return self._link is not None
 
-    @property
-    def drafting_s(self) -> float:
-        """Time spent drafting so far."""
-        return 0.0 if self._link is None else self._link.busy_s
-
     def chat_prompt(self, text: str) -> tuple[int, ...]:
         """Token ids of a single user turn, ready for the answer."""
         encoded = self.tokenizer.apply_chat_template(

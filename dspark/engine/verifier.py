@@ -100,6 +100,7 @@ class VerifierEngine:
         self._drafting = 0  # length of blocks that the gate last let through
         self._promised = 0.0  # draft tokens of this step that should be accepted
         self._rows = 1.0  # target rows of a request in the last step that decoded
+        self.drafting_s = 0.0  # features projected and blocks asked for; drafted, too, if here
         self.last_report: StepReport | None = None
 
     @property
@@ -183,7 +184,9 @@ class VerifierEngine:
                 turn.sequence.computed += turn.rows
         self._record(turns, results, step_ms, waited_ms, round_ms)
         stepped = [turn.sequence for turn in turns]
+        asked_at = time.perf_counter()
         self._ask_for_blocks(stepped)
+        self.drafting_s += time.perf_counter() - asked_at
         self.roster.settle(stepped)
         if not self.has_work:
             self._forward_ended = None
@@ -194,10 +197,9 @@ class VerifierEngine:
         ready = [s for s in self.roster.running.values() if s.wanted_block is None]
         decoding = [s for s in ready if s.decoding and s.computed]
         turns: list[_Turn] = []
-        budget = self._prefill_budget(len(decoding))
-        for sequence in ready:
-            if sequence.decoding and sequence.computed:
-                continue
+        prompts = [s for s in ready if not (s.decoding and s.computed)]
+        budget = self._prefill_budget(len(decoding)) if prompts else 0
+        for sequence in prompts:
             rows = min(len(sequence.tokens) - sequence.computed, budget)
             if rows:
                 budget -= rows

@@ -109,7 +109,7 @@ class _Users:
     """So many requests are always under way, none begun at the same time as another."""
 
     def __init__(self, llm: LLM, prompts: Sequence[str], count: int, max_tokens: int) -> None:
-        self._llm, self._verifier = llm, llm.verifier
+        self._verifier = llm.verifier
         self._prompts = itertools.cycle([llm.chat_prompt(prompt) for prompt in prompts])
         self._max_tokens = max_tokens
         self._names = map(str, itertools.count())
@@ -136,7 +136,7 @@ class _Users:
     def work(self, seconds: float) -> _Turn:
         """Serve for about so long."""
         results: list[VerificationResult] = []
-        drafted_s, stepped_ms = self._llm.drafting_s, 0.0
+        drafted_s, stepped_ms = self._verifier.drafting_s, 0.0
         started = time.perf_counter()
         while (took := time.perf_counter() - started) < seconds:
             results += self._step()
@@ -145,7 +145,7 @@ class _Users:
             stepped_ms += report.step_ms
         tokens = sum(len(result.token_ids) for result in results)
         verified = sum(result.verified for result in results)
-        busy_s = self._llm.drafting_s - drafted_s + stepped_ms / 1e3
+        busy_s = self._verifier.drafting_s - drafted_s + stepped_ms / 1e3
         steps = len(results)
         return _Turn(tokens / took, tokens / steps, verified / steps, busy_s / took)
 

@@ -32,7 +32,7 @@ _PROBE_SHARE = 0.004  # of the time, spent on probing in the long run
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 2048  # rounds
 _LEAST_GAIN = 1.0
 _CLOSE_BELOW = 0.995  # hysteresis: an open gate is closed by less than this
-_BETTER = 1.02  # another length replaces the one in use if it brings this much more
+_BETTER = 1.005  # another length replaces the one in use if it brings this much more
 _USUAL_WEIGHT = 0.05  # of the latest round
 _OUTCOMES = 256.0  # accepted tokens that the yield is over
 _PRIOR = 16.0  # tokens' worth of belief in the confidences
@@ -43,6 +43,7 @@ class DraftGate:
 
     def __init__(self, times: RoundTimes) -> None:
         self._times = times
+        self._latest: list[Sequence[FloatArray]] = []  # rounds that are yet to be looked at
         self._blocks: deque[FloatArray] = deque(maxlen=_BLOCKS)  # all of one length
         self._usual = np.ones(0, dtype=np.float32)  # chance of each position, given the one before
         self._promised = self._accepted = _PRIOR  # of draft tokens that were verified
@@ -56,15 +57,22 @@ class DraftGate:
         self._probe = 0  # and of the probe after it
 
     def record(self, survivals: Sequence[FloatArray]) -> None:
-        """Blocks that were drafted. What short ones do not say is taken from the usual."""
-        for length in sorted({len(block) for block in survivals}, reverse=True):
-            blocks = np.stack([block for block in survivals if len(block) == length])
+        """Blocks that were drafted in one round. Looked at when an estimate is made."""
+        self._latest.append(survivals)
+
+    def _take_in(self) -> None:
+        """What short blocks do not say is taken from the usual."""
+        rounds, latest = len(self._latest), [block for one in self._latest for block in one]
+        self._latest.clear()
+        weight = 1.0 - (1.0 - _USUAL_WEIGHT) ** rounds
+        for length in sorted({len(block) for block in latest}, reverse=True):
+            blocks = np.stack([block for block in latest if len(block) == length])
             chances = blocks / np.pad(blocks[:, :-1], ((0, 0), (1, 0)), constant_values=1.0)
-            latest = chances.mean(axis=0)
+            seen = chances.mean(axis=0)
             if length > len(self._usual):
-                self._usual = np.append(self._usual, latest[len(self._usual) :])
+                self._usual = np.append(self._usual, seen[len(self._usual) :])
                 self._blocks.clear()  # once or twice, at the start
-            self._usual[:length] += _USUAL_WEIGHT * (latest - self._usual[:length])
+            self._usual[:length] += weight * (seen - self._usual[:length])
             tail = np.cumprod(self._usual[length:])
             self._blocks.extend(np.concatenate([blocks, blocks[:, -1:] * tail], axis=1))
 
@@ -81,7 +89,7 @@ class DraftGate:
         `latency_ms`: how long after they are asked for blocks come, if other steps may run
         meanwhile.
         """
-        if not self._blocks or not self._times.drafting_known(requests):
+        if not (self._blocks or self._latest) or not self._times.drafting_known(requests):
             return most
         self._rounds += 1
         self._age += 1
@@ -124,6 +132,8 @@ class DraftGate:
         Draft tokens are admitted by survival, as Algorithm 1 does, from all remembered blocks as
         one: that is what many requests do on the average.
         """
+        if self._latest:
+            self._take_in()
         blocks = np.stack(self._blocks)[:, :size]
         survivals = np.sort(blocks, axis=None)[::-1].astype(np.float64)
         counts = np.arange(len(survivals) + 1)
