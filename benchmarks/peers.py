@@ -1,9 +1,10 @@
 """Plain decoding in process beside another engine, in turn: ours, theirs, ours, theirs.
 
-The other engine is any command that prints a line `RESULT {"tokens_per_s": {"1": …, "8": …}}` for
-the same prompts: chat turns, greedy, exactly `--tokens` new tokens, prefill included.
+The other engine is a command that stays: for each line on its standard input, a JSON object with
+`prompts` (token ids), `tokens` and `concurrency` (a list), it answers greedily with exactly so many
+new tokens and prints `RESULT {"tokens_per_s": {"1": …, "8": …}}`. Prefill is part of the time.
 
-    python benchmarks/peers.py --peer 'python vllm_cpu.py CHECKPOINT' --turns 3
+    python benchmarks/peers.py --peer '<python> benchmarks/peer_vllm.py CHECKPOINT' --turns 5
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ Speeds = dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", help="command of the other engine")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--peer", required=True, help="command of the other engine")
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--concurrency", default="1,4,8,16,32")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--target", default="smollm2-135m")
@@ -41,56 +42,61 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="JSON with machine, commit and versions")
     options = parser.parse_args()
-    levels = options.concurrency.split(",")
-    if options.peer is None:  # one turn, as the other engine's command makes one
-        print("RESULT " + json.dumps({"tokens_per_s": own_turn(options)}))
-        return
+    levels = [int(level) for level in options.concurrency.split(",")]
+    llm = LLM(options.target, options.drafter, engine=EngineConfig(max_requests=max(levels)))
+    llm.verifier.eos_token_ids = ()
+    prompts = [llm.chat_prompt(text) for text in PROMPTS]
+    asked = json.dumps({"prompts": prompts, "tokens": options.tokens, "concurrency": levels})
     own, other = [], []
-    ours = [sys.executable, __file__]
-    for name in ("concurrency", "tokens", "target", "drafter"):
-        ours += [f"--{name}", str(getattr(options, name))]
-    for _ in range(options.turns):
-        own.append(run(ours))
-        other.append(run(shlex.split(options.peer)))
+    with subprocess.Popen(
+        shlex.split(options.peer), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as peer:
+        for turn in range(options.turns + 1):
+            pair = own_turn(llm, prompts, levels, options.tokens), their_turn(peer, asked)
+            if turn:  # the first warms both up
+                own.append(pair[0])
+                other.append(pair[1])
+        assert peer.stdin is not None
+        peer.stdin.close()
     table = Table(title=f"{options.target}, {options.tokens} tokens, medians of {options.turns}")
     for heading in ("concurrency", "ours, tokens/s", "theirs, tokens/s", "ratio"):
         table.add_column(heading, justify="right")
     cells = []
-    for level in levels:
-        ours_median, theirs_median = (
-            statistics.median(turn[level] for turn in turns) for turns in (own, other)
-        )
-        ratio = ours_median / theirs_median
-        cells.append({"concurrency": int(level), "ours": ours_median, "theirs": theirs_median})
-        table.add_row(level, f"{ours_median:.0f}", f"{theirs_median:.0f}", f"{ratio:.2f}")
+    for level in map(str, levels):
+        ours, theirs = (statistics.median(turn[level] for turn in turns) for turns in (own, other))
+        cells.append({"concurrency": int(level), "ours": ours, "theirs": theirs})
+        table.add_row(level, f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}")
     Console().print(table)
     if options.output:
-        result = {"cells": cells, "own": own, "other": other, **provenance()}
+        result = {"command": sys.argv, "cells": cells, "own": own, "other": other, **provenance()}
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def own_turn(options: argparse.Namespace) -> Speeds:
-    """Tokens a second at each concurrency, in a fresh process as the other engine has."""
-    levels = [int(level) for level in options.concurrency.split(",")]
-    llm = LLM(options.target, options.drafter, engine=EngineConfig(max_requests=max(levels)))
-    llm.verifier.eos_token_ids = ()
-    sampling = SamplingParams(temperature=0.0, max_tokens=options.tokens)
-    llm.generate(PROMPTS[:1], sampling)
+def own_turn(
+    llm: LLM, prompts: list[tuple[int, ...]], levels: list[int], max_tokens: int
+) -> Speeds:
+    """Tokens a second at each concurrency."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    llm.generate(prompts[:1], sampling)
     speeds = {}
     for level in levels:
-        batch = [PROMPTS[i % len(PROMPTS)] for i in range(level)]
-        rounds = 3 if level == 1 else 1
+        batch = [prompts[i % len(prompts)] for i in range(level)]
         started = time.perf_counter()
-        tokens = sum(len(a.token_ids) for _ in range(rounds) for a in llm.generate(batch, sampling))
+        tokens = sum(len(answer.token_ids) for answer in llm.generate(batch, sampling))
         speeds[str(level)] = tokens / (time.perf_counter() - started)
     return speeds
 
 
-def run(command: list[str]) -> Speeds:
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
-    speeds: Speeds = json.loads(line.removeprefix("RESULT "))["tokens_per_s"]
-    return speeds
+def their_turn(peer: subprocess.Popen[str], asked: str) -> Speeds:
+    assert peer.stdin is not None
+    assert peer.stdout is not None
+    peer.stdin.write(asked + "\n")
+    peer.stdin.flush()
+    for line in peer.stdout:
+        if line.startswith("RESULT "):
+            speeds: Speeds = json.loads(line.removeprefix("RESULT "))["tokens_per_s"]
+            return speeds
+    raise SystemExit("the other engine ended without a result; see what it said above")
 
 
 if __name__ == "__main__":
