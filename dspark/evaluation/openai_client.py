@@ -1,155 +1,167 @@
-"""Drives any OpenAI-compatible endpoint, and records when what came.
-
-Nothing is left out: a request that is refused, broken off or late is recorded with its reason, and
-counts against the server.
-"""
+"""One streamed chat completion of any OpenAI-compatible server, timed event by event."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import random
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
 
-from dspark.evaluation.traffic import Lengths, poisson_arrivals
+from dspark.errors import ConfigError, UnavailableError
+from dspark.evaluation.latency import RequestRecord
+from dspark.evaluation.traffic import Ask
 
-_TIMEOUT_S = 300.0
+# Servers that take `ignore_eos`, by what they call themselves in `owned_by` of their models. Others
+# refuse an unknown field, or say nothing and stop at the end of the answer all the same.
+TAKE_IGNORE_EOS = frozenset({"vllm", "sglang", "llamacpp"})
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A server, or one way of using it."""
+    """A server, or one way of asking it."""
 
     name: str
     url: str  # up to and with /v1
-    model: str
-    extra: Mapping[str, Any] = field(default_factory=dict)  # fields of every request
-    api_key: str = ""
+    model: str = ""
+    owner: str = ""  # `owned_by` of the model
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of every request's body
 
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One request. Times are of the monotonic clock, in seconds."""
-
-    sent_at: float
-    event_times: tuple[float, ...]  # when text came, an event of one or more tokens each
-    tokens: int
-    failure: str = ""  # empty: answered whole
-
-    @property
-    def first_token_s(self) -> float:
-        """Time to first token."""
-        return self.event_times[0] - self.sent_at
-
-    @property
-    def per_token_s(self) -> float:
-        """Mean time of a token after the first; 0 where there is none."""
-        return (self.event_times[-1] - self.event_times[0]) / max(1, self.tokens - 1)
-
-    @property
-    def ended_at(self) -> float:
-        """When it was over."""
-        return self.event_times[-1] if self.event_times else self.sent_at
-
-
-class OpenAIClient:
-    """One endpoint's connections."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
-        headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-        self._http = httpx.AsyncClient(
-            base_url=endpoint.url, timeout=_TIMEOUT_S, headers=headers, limits=httpx.Limits()
-        )
-
-    async def __aenter__(self) -> OpenAIClient:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
-
-    async def ask(self, prompt: str, max_tokens: int) -> Record:
-        """One chat turn, greedy, streamed."""
-        body = {
-            "model": self._endpoint.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": max_tokens,
-            "temperature": 0.0,
+    def body(self, ask: Ask) -> dict[str, Any]:
+        """What is posted."""
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": ask.prompt}],
+            "max_tokens": ask.max_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
-            **self._endpoint.extra,
+            **self.fields,
         }
-        sent_at = time.monotonic()
-        times: list[float] = []
-        tokens, whole = 0, False
+
+
+def parse_endpoint(option: str, text: str) -> Endpoint:
+    """NAME=URL; ConfigError names `option`."""
+    name, _, url = text.partition("=")
+    if not name or not url.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{option} wants NAME=URL, such as ours=http://127.0.0.1:8000/v1; got {text!r}"
+        )
+    return Endpoint(name, url.rstrip("/"))
+
+
+async def discover(http: httpx.AsyncClient, endpoint: Endpoint) -> Endpoint:
+    """The same with the first model that it serves. UnavailableError if it does not tell."""
+    url = f"{endpoint.url}/models"
+    try:
+        answer = await http.get(url, timeout=30)
+        answer.raise_for_status()
+        first = answer.json()["data"][0]
+        return replace(endpoint, model=first["id"], owner=first.get("owned_by", ""))
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        raise UnavailableError(
+            f"{endpoint.name}: {url} lists no model ({type(error).__name__}: {error}): is the "
+            "server up, and does the URL end in /v1?"
+        ) from error
+
+
+async def try_out(http: httpx.AsyncClient, endpoint: Endpoint, ask: Ask) -> None:
+    """One request outside any measurement. UnavailableError with the server's own words."""
+    try:
+        answer = await http.post(
+            f"{endpoint.url}/chat/completions", json=endpoint.body(ask), timeout=300
+        )
+    except httpx.HTTPError as error:
+        raise UnavailableError(f"{endpoint.name}: {type(error).__name__}: {error}") from error
+    if answer.status_code != 200:
+        raise UnavailableError(
+            f"{endpoint.name} refuses a request with HTTP {answer.status_code}: {answer.text[:500]}"
+        )
+
+
+async def ask_streaming(
+    http: httpx.AsyncClient, endpoint: Endpoint, ask: Ask, due_s: float, timeout_s: float
+) -> RequestRecord:
+    """Timed by perf_counter. What goes wrong with the server is a `failure`, never an error."""
+    answer = _Answer()
+    failure = ""
+    try:
+        async with (
+            asyncio.timeout(timeout_s),
+            http.stream(
+                "POST", f"{endpoint.url}/chat/completions", json=endpoint.body(ask), timeout=None
+            ) as response,
+        ):
+            if response.status_code != 200:
+                raise _FailedError(f"HTTP {response.status_code}")
+            async for now, data in _events(response):
+                answer.take(now, data)
+        answer.check()
+    except _FailedError as error:
+        failure = str(error)
+    except TimeoutError:
+        failure = "timeout"
+    except (httpx.ConnectError, httpx.ConnectTimeout):
+        failure = "no connection"
+    except httpx.HTTPError:
+        failure = "broken stream" if answer.event_s else "broken before text"
+    return RequestRecord(
+        due_s=due_s,
+        event_s=tuple(answer.event_s),
+        output_tokens=answer.usage.get("completion_tokens", len(answer.event_s)),
+        prompt_tokens=answer.usage.get("prompt_tokens"),
+        counted="completion_tokens" in answer.usage,
+        failure=failure,
+    )
+
+
+class _FailedError(Exception):
+    """Its text is the reason, in few words so that like failures count together."""
+
+
+class _Answer:
+    def __init__(self) -> None:
+        self.event_s: list[float] = []
+        self.usage: dict[str, Any] = {}
+        self._finished = False
+
+    def take(self, now_s: float, data: bytes) -> None:
+        if data == b"[DONE]":
+            return
         try:
-            async with self._http.stream("POST", "/chat/completions", json=body) as answer:
-                if answer.status_code != 200:
-                    return Record(sent_at, (), 0, f"HTTP {answer.status_code}")
-                async for event in _events(answer):
-                    if error := event.get("error"):
-                        return Record(sent_at, tuple(times), len(times), f"error: {error}"[:200])
-                    for choice in event.get("choices") or ():
-                        if (choice.get("delta") or {}).get("content"):
-                            times.append(time.monotonic())
-                        whole = whole or bool(choice.get("finish_reason"))
-                    if usage := event.get("usage"):
-                        tokens = int(usage["completion_tokens"])
-        except httpx.HTTPError as error:
-            return Record(sent_at, tuple(times), len(times), type(error).__name__)
-        failure = "" if whole and times else "no text" if whole else "broken off"
-        return Record(sent_at, tuple(times), tokens or len(times), failure)
+            event = json.loads(data)
+            if error := event.get("error"):
+                code = error.get("code") if isinstance(error, dict) else error
+                raise _FailedError(f"error event {code}")
+            # With some servers every event has the usage so far: the last one counts.
+            self.usage = event.get("usage") or self.usage
+            for choice in event.get("choices") or ():
+                delta = choice.get("delta") or {}
+                if any(delta.get(key) for key in ("content", "reasoning_content", "reasoning")):
+                    self.event_s.append(now_s)
+                self._finished |= choice.get("finish_reason") is not None
+        except (ValueError, AttributeError, TypeError) as error:
+            raise _FailedError("malformed event") from error
+
+    def check(self) -> None:
+        """After a stream that closed in order."""
+        if not self._finished:
+            raise _FailedError("ended early")
+        if not self.event_s:
+            raise _FailedError("no text")
 
 
-async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in answer.aiter_lines():
-        if line.startswith("data:") and (data := line.removeprefix("data:").strip()) != "[DONE]":
-            yield json.loads(data)
+async def _events(response: httpx.Response) -> AsyncIterator[tuple[float, bytes]]:
+    """(when it came, data). Lines end at LF alone: httpx's also end at U+2028, which text may hold.
 
-
-async def closed_loop(
-    client: OpenAIClient,
-    prompts: Iterator[str],
-    lengths: Lengths,
-    rng: random.Random,
-    *,
-    users: int,
-    duration_s: float,
-) -> list[Record]:
-    """So many users ask without a pause; what is under way at the end is finished."""
-    records: list[Record] = []
-    until = time.monotonic() + duration_s
-
-    async def user() -> None:
-        while time.monotonic() < until:
-            records.append(await client.ask(next(prompts), lengths.draw(rng)))
-            if records[-1].failure:
-                await asyncio.sleep(0.05)  # a server that refuses at once is not to be flooded
-
-    await asyncio.gather(*(user() for _ in range(users)))
-    return records
-
-
-async def open_loop(
-    client: OpenAIClient,
-    prompts: Iterator[str],
-    lengths: Lengths,
-    rng: random.Random,
-    *,
-    rate: float,  # requests a second
-    duration_s: float,
-) -> list[Record]:
-    """Requests at the times of a Poisson process, however the server fares."""
-    started = time.monotonic()
-    tasks: list[asyncio.Task[Record]] = []
-    for at_s in poisson_arrivals(rate, rng):
-        if at_s > duration_s:
-            break
-        await asyncio.sleep(max(0.0, started + at_s - time.monotonic()))
-        tasks.append(asyncio.create_task(client.ask(next(prompts), lengths.draw(rng))))
-    return list(await asyncio.gather(*tasks))
+    An event is one `data` line with all of these servers; comments and other fields are skipped.
+    """
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        now = time.perf_counter()
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield now, line.removeprefix(b"data:").strip()

@@ -1,37 +1,61 @@
-"""Figures of benchmarks, as files."""
+"""Lines through labelled points, as PNG; needs the extra `bench`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dspark.errors import ConfigError
 
 
-def frontier(
-    path: Path,
-    lines: Mapping[str, Sequence[tuple[float, float, str]]],  # by name: x, y, what the point is
-    title: str,
-) -> None:
-    """Throughput against per-user speed, a line an endpoint; ConfigError without matplotlib."""
+@dataclass(frozen=True, slots=True)
+class Point:
+    """`label` is written beside it."""
+
+    x: float
+    y: float
+    label: str = ""
+
+
+def require_matplotlib() -> None:
+    """ConfigError if it is missing: to be asked before a long measurement, not after."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "plots need matplotlib: pip install 'dspark-serve[bench]', or leave --plot out"
+            "plots need matplotlib: pip install 'dspark-serve[bench]', or leave the plot out"
         ) from error
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, points in lines.items():
-        xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
-        axes.plot(xs, ys, marker="o", label=name)
-        for x, y, label in points:
-            axes.annotate(label, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axes.set_xlabel("speed of a user, tokens/s")
-    axes.set_ylabel("throughput, tokens/s")
+
+
+def plot_lines(
+    lines: Mapping[str, Sequence[Point]], path: Path, *, title: str, x_label: str, y_label: str
+) -> None:
+    """One line a name, through its points in order; both axes begin at 0."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    FigureCanvasAgg(figure)  # without pyplot, which keeps state and may look for a display
+    axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
+    for number, (name, points) in enumerate(lines.items()):
+        (line,) = axes.plot([p.x for p in points], [p.y for p in points], marker="o", label=name)
+        for point in points:
+            axes.annotate(
+                point.label,
+                (point.x, point.y),
+                xytext=(5, -12 if number % 2 else 5),  # apart where lines meet
+                textcoords="offset points",
+                fontsize="small",
+                color=line.get_color(),
+            )
+    axes.margins(0.15)  # room for labels; before the limits, which end autoscaling
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot write the plot to {path}: {error}") from error
