@@ -8,8 +8,8 @@ what it knows of times, it learns by load, and a load that it has not seen is tr
 
 While it is closed, a few rounds in a row are drafted now and then, since texts change and machines
 do: the first rounds after a start are often slow. Pauses double until the time that this takes is a
-small share. While it is open, every so often another length is asked for than the best, for the
-same reason.
+small share. While it is open, every so often another length is asked for than the best, and nothing
+at all, for the same reason: what a round without drafts takes is half of every comparison.
 
 It looks at blocks of the past only, never at the one at hand, so it cannot bias what is emitted.
 """
@@ -26,7 +26,7 @@ from dspark.types import FloatArray
 
 _BLOCKS = 128  # remembered
 _EVERY = 16  # rounds between estimates
-_EXPLORE = 32  # rounds between lengths that are asked for to learn
+_EXPLORE = 16  # rounds between those that are run to learn, half of them without drafts
 _PROBE_ROUNDS = 3  # in a row, so that what only the first of them suffers from does not count
 _PROBE_SHARE = 0.004  # of the time, spent on probing in the long run
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 2048  # rounds
@@ -115,8 +115,10 @@ class DraftGate:
 
     def _another(self, most: int) -> int:
         turn, sizes = self._rounds // _EXPLORE, _sizes(most)
+        if turn % 2:
+            return 0
         # Only whole blocks say what later positions are worth.
-        return most if turn % 2 else sizes[turn // 2 % len(sizes)]
+        return most if turn % 4 else sizes[turn // 4 % len(sizes)]
 
     def _estimate(self, requests: int, most: int, latency_ms: float) -> None:
         gains = {size: self.gain(requests, size, latency_ms) for size in _sizes(most)}

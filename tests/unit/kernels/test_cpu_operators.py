@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -159,3 +160,21 @@ def test_what_does_not_fit_is_refused_before_it_is_touched() -> None:
     plan = plan_attention([np.ones(1, dtype=np.int32)], [0], [1])
     with pytest.raises(ValueError, match="3 heads of 32 over 2"):
         operators.attention(random(0, 1, 96), store.keys, store.values, plan, 3, 32, scale=1.0)
+
+
+def test_threads_that_were_moved_apart_may_go_anywhere() -> None:
+    """However they lay, each may run on every CPU afterwards, and they compute."""
+    allowed = os.sched_getaffinity(0)
+    x, weight = random(0, 8, 64), random(1, 640, 64)
+    packed = operators.pack_linear(weight)
+    want = operators.linear(x, packed, None, 640)  # the helpers exist from here on
+    threads = [int(name) for name in os.listdir("/proc/self/task")]
+    one = {min(allowed)}
+    for thread in threads:
+        os.sched_setaffinity(thread, one)
+    operators.linear(x, packed, None, 640)
+    for thread in threads:
+        os.sched_setaffinity(thread, allowed)
+    operators.spread_threads()
+    assert all(os.sched_getaffinity(thread) == allowed for thread in threads)
+    assert torch.equal(operators.linear(x, packed, None, 640), want)

@@ -55,7 +55,7 @@ class Verifier:
 
 
 def test_it_stays_open_while_drafting_pays() -> None:
-    assert Verifier().rounds(GOOD, 500) == 500
+    assert Verifier().rounds(GOOD, 500) > 0.95 * 500
 
 
 def test_while_drafting_loses_it_costs_a_small_share_of_the_time() -> None:
@@ -69,7 +69,7 @@ def test_it_opens_again_when_texts_become_predictable() -> None:
     verifier = Verifier()
     verifier.rounds(BAD, 500)
     verifier.rounds(GOOD, 5000)
-    assert verifier.rounds(GOOD, 100) == 100
+    assert verifier.rounds(GOOD, 100) > 90
 
 
 def test_what_loses_under_load_is_known_to_pay_without() -> None:
@@ -78,7 +78,7 @@ def test_what_loses_under_load_is_known_to_pay_without() -> None:
     verifier.rounds(fair, 10, requests=16)
     assert verifier.rounds(fair, 100, requests=16) < 12
     verifier.draft_ms = 1.0
-    assert verifier.rounds(fair, 100, requests=1) == 100
+    assert verifier.rounds(fair, 100, requests=1) > 90
     assert verifier.rounds(fair, 50, requests=16) < 12  # and it remembers
 
 
@@ -87,7 +87,7 @@ def test_slow_rounds_after_a_start_are_forgotten() -> None:
     verifier.rounds(GOOD, 20)
     verifier.draft_ms = 2.0
     verifier.rounds(GOOD, 100)
-    assert verifier.rounds(GOOD, 100) == 100
+    assert verifier.rounds(GOOD, 100) > 90
 
 
 def test_one_slow_round_changes_nothing() -> None:
@@ -95,13 +95,13 @@ def test_one_slow_round_changes_nothing() -> None:
     verifier.draft_ms = 500.0
     verifier.rounds(GOOD, 1)
     verifier.draft_ms = 2.0
-    assert verifier.rounds(GOOD, 300) == 300
+    assert verifier.rounds(GOOD, 300) > 0.95 * 300
 
 
 @pytest.mark.parametrize("slower", [0.5, 1.0, 3.0])
 def test_times_follow_what_is_measured(slower: float) -> None:
     verifier = Verifier(slower=slower)
-    verifier.rounds(GOOD, 20, requests=4)
+    verifier.rounds(GOOD, 15, requests=4)  # none of them without drafts
     verifier.times.record(requests=4, tokens=4, drafted=False, step_ms=7.0, round_ms=7.2)
     assert verifier.times.step_ms(4, 6) == pytest.approx(slower * TABLE.ms(4, 6))
     assert verifier.times.step_ms(4, 4) == pytest.approx(7.0)
@@ -141,11 +141,11 @@ def test_blocks_are_as_long_as_pays() -> None:
     verifier = Verifier(draft_ms=4.0)
     verifier.rounds(fair, 200)
     verifier.rounds(fair, 640)
-    assert verifier.sizes[1] > 0.95 * 640
+    assert verifier.sizes[1] > 0.9 * 640
     assert verifier.sizes[MOST] >= 10, "whole blocks must go on being looked at"
     verifier.rounds(GOOD, 2000)
     verifier.rounds(GOOD, 640)
-    assert verifier.sizes[MOST] > 0.95 * 640, "and be noticed when they become good"
+    assert verifier.sizes[MOST] > 0.9 * 640, "and be noticed when they become good"
 
 
 def test_confidences_that_promise_too_much_are_seen_through() -> None:
@@ -175,3 +175,16 @@ def test_slow_blocks_pay_when_others_are_stepped_meanwhile() -> None:
     assert times.overlapped_ms(8, 16, MOST, 40.0) == pytest.approx(2 * 41.0, rel=0.05)
     assert times.overlapped_ms(8, 16, MOST, 400.0) == pytest.approx(441.0, rel=0.05)
     assert times.merging_saves_ms((4, 8), (4, 8)) == pytest.approx(1.0, rel=0.1)
+
+
+def test_an_open_gate_goes_on_measuring_rounds_without_drafts() -> None:
+    """Rounds without drafts were slow when it opened; that they are fast now must be noticed."""
+    fair = np.array([0.3, 0.1, 0.05, 0.02], dtype=np.float32)
+    verifier = Verifier(draft_ms=4.0)
+    for _ in range(20):
+        verifier.times.record(requests=1, tokens=1, drafted=0, step_ms=11.0, round_ms=19.0)
+    verifier.rounds(fair, 20)
+    assert verifier.gate.gain(1, MOST) > 1.1
+    assert verifier.rounds(fair, 60) > 50
+    verifier.rounds(fair, 600)
+    assert verifier.gate.gain(1, MOST) < 1.0
