@@ -35,6 +35,7 @@ _CLOSE_BELOW = 0.995  # hysteresis: an open gate is closed by less than this
 _BETTER = 1.005  # another length replaces the one in use if it brings this much more
 _USUAL_WEIGHT = 0.05  # of the latest round
 _OUTCOMES = 256.0  # accepted tokens that the yield is over
+_TINY = np.float32(1e-30)
 _PRIOR = 16.0  # tokens' worth of belief in the confidences
 
 
@@ -67,7 +68,8 @@ class DraftGate:
         weight = 1.0 - (1.0 - _USUAL_WEIGHT) ** rounds
         for length in sorted({len(block) for block in latest}, reverse=True):
             blocks = np.stack([block for block in latest if len(block) == length])
-            chances = blocks / np.pad(blocks[:, :-1], ((0, 0), (1, 0)), constant_values=1.0)
+            before = np.pad(blocks[:, :-1], ((0, 0), (1, 0)), constant_values=1.0)
+            chances = blocks / np.maximum(before, _TINY)  # a long block's survival may underflow
             seen = chances.mean(axis=0)
             if length > len(self._usual):
                 self._usual = np.append(self._usual, seen[len(self._usual) :])

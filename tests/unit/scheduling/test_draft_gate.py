@@ -188,3 +188,9 @@ def test_an_open_gate_goes_on_measuring_rounds_without_drafts() -> None:
     assert verifier.rounds(fair, 60) > 50
     verifier.rounds(fair, 600)
     assert verifier.gate.gain(1, MOST) < 1.0
+
+
+def test_survivals_that_underflow_are_no_chance() -> None:
+    verifier = Verifier()
+    verifier.rounds(np.array([0.5, 0.0, 0.0, 0.0], dtype=np.float32), 20)
+    assert verifier.gate.gain(1, MOST) > 0.0
