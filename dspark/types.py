@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+DoubleArray = npt.NDArray[np.float64]
 
 MAX_SEED = 2**63 - 1
 _GREEDY_BELOW = 1e-5  # of temperature: logits divided by less leave the range of float32

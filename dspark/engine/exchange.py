@@ -7,7 +7,7 @@ its deadline has passed; what others do meanwhile is the engine's affair.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from dspark.types import BlockProposal, DraftWork, VerifyMode
 # Context that the drafter lacks is sent a piece a round, so that nobody's block waits for long
 # behind another's prompt.
 _CATCH_UP_ROWS = 1024
-# While no blocks are wanted, context still flows, so that they can be at any time; but not row by
-# row, which would cost as much as drafting.
+# While no blocks are wanted but soon will be, context is sent ahead; not row by row, which would
+# cost as much as drafting, nor before it must be: most requests end before blocks are wanted again.
+_LEAD = 8  # rounds
 _LUMP_ROWS = 64
 
 
@@ -108,30 +109,30 @@ class DraftExchange:
 
     def ask(
         self,
-        sequences: Iterable[Sequence],
+        sequences: Collection[Sequence],  # that are to be drafted for
         features: FeatureStore,
         block_size: int,  # 0: no blocks
+        *,
+        rest: int = 0,  # rounds until blocks are wanted again
     ) -> bool:
         """Send new features, of prompts as they are computed, and ask for blocks of use.
 
         Returns whether any block was asked for.
         """
-        flows = not 0 < self._window <= _LUMP_ROWS  # else it has all passed when it is wanted
-        if not block_size and not flows:
+        if not block_size and not self._flows(sequences, rest):
             return False
         pieces: list[tuple[Sequence, int, int, int]] = []  # whose features, start, end, block size
         room = _CATCH_UP_ROWS
         for sequence in sequences:
             useful = sequence.remaining - 1  # tokens that a block can bring
-            live = sequence.finish_reason is None and sequence.request.sampling.speculate
-            if not (live and sequence.computed and useful > 0):
+            if sequence.finish_reason or not sequence.computed or useful <= 0:
                 continue
             start = max(sequence.sent_features, self._seen_from(sequence))
             # What one round brings always goes out, or those who lag would never catch up.
             end = max(start, min(sequence.computed, start + max(room, block_size + 1)))
             complete = end == sequence.computed and sequence.decoding
             size = min(block_size, useful) if complete else 0
-            if size or (end > start and block_size) or (flows and end - start >= _LUMP_ROWS):
+            if size or (end > start and block_size) or end - start >= _LUMP_ROWS:
                 room = max(0, room - (end - start))
                 pieces.append((sequence, start, end, size))
         if pieces:
@@ -142,6 +143,15 @@ class DraftExchange:
             works = [self._work(*piece, part) for piece, part in zip(pieces, parts, strict=True)]
             self._link.submit(works)
         return any(size for *_, size in pieces)
+
+    def _flows(self, sequences: Collection[Sequence], rest: int) -> bool:
+        """Whether to send context although no blocks are wanted: as late as it will do."""
+        if 0 < self._window <= _LUMP_ROWS:
+            return False  # it has all passed when it is wanted
+        lacking = sum(
+            max(0, s.computed - max(s.sent_features, self._seen_from(s))) for s in sequences
+        )
+        return rest <= _LEAD + lacking // _CATCH_UP_ROWS
 
     def _seen_from(self, sequence: Sequence) -> int:
         """The first position that any coming block sees."""

@@ -28,7 +28,7 @@ from dspark.models.drafter import FeatureProjection
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
 from dspark.scheduling.draft_gate import DraftGate
-from dspark.scheduling.planner import plan_lengths
+from dspark.scheduling.planner import Search, plan_lengths
 from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.scheduling.survival import survival
@@ -38,6 +38,7 @@ from dspark.types import (
     StepReport,
     VerificationPolicy,
     VerificationResult,
+    VerifyMode,
 )
 
 _SPLIT_GAIN = 0.95  # a round is halved for no less than this
@@ -242,7 +243,8 @@ class VerifierEngine:
             return False
         tokens, size = round(count * self._rows), self._drafting
         halved = times.overlapped_ms(count, tokens, size, exchange.latency_ms)
-        return halved < _SPLIT_GAIN * times.curve(count, size)(tokens)
+        whole = times.step_ms(count, tokens) + times.draft_ms(count, size)
+        return halved < _SPLIT_GAIN * whole
 
     def _prefill_budget(self, decoding: int) -> int:
         """Prompt tokens that this step may hold: those who decode are not to stall behind them."""
@@ -273,11 +275,13 @@ class VerifierEngine:
         gate.record([block for block in survivals if len(block)])
         # Waiting is over when a step is planned; but a round that waited is worth more tokens.
         alone = len(decoding) == len(self.roster.running)
+        size = self._asked or self._block_size
         lengths = plan_lengths(
             survivals,
-            times.curve(max(1, len(decoding)), self._asked or self._block_size, waits=alone),
+            lambda tokens: times.round_ms(len(decoding), tokens, size, waits=alone),
             extra_tokens=prefill,
             max_draft_tokens=plan.max_draft_tokens,
+            search=_search(decoding),
         )
         self._promised = sum(
             float(block[:n].sum()) for block, n in zip(survivals, lengths, strict=True)
@@ -350,18 +354,22 @@ class VerifierEngine:
         """Send new features and anchors, where a block can still be of use."""
         exchange, features, plan = self._exchange, self._features, self._current_plan()
         self._drafting = 0
+        sequences = [s for s in sequences if s.request.sampling.speculate]
         if (
             exchange is None
             or features is None
+            or not sequences
             or plan.policy is VerificationPolicy.OFF
             or not exchange.available
         ):
             return  # features wait in their pages and go out when drafting resumes
-        size = plan.block_size or self._block_size
+        size, rest = plan.block_size or self._block_size, 0
         if plan.policy is VerificationPolicy.ADAPTIVE and self._gate is not None:
-            size = self._gate.block_size(len(self.roster.running), size, exchange.latency_ms)
-            self._drafting = size
-        if exchange.ask(sequences, features, size):
+            size = self._gate.block_size(
+                len(self.roster.running), size, exchange.latency_ms, _search(sequences)
+            )
+            self._drafting, rest = size, self._gate.rest
+        if exchange.ask(sequences, features, size, rest=rest):
             self._asked = size
 
     # -- accounts -----------------------------------------------------------------------------
@@ -412,6 +420,13 @@ class VerifierEngine:
             free_pages=free,
             total_pages=total,
         )
+
+
+def _search(sequences: list[Sequence]) -> Search:
+    """The freest that biases nothing: a sampled token may depend on what is verified, or not."""
+    samplings = (s.request.sampling for s in sequences)
+    unbiased = all(s.greedy or s.mode is VerifyMode.COUPLED for s in samplings)
+    return "global" if unbiased else "causal"
 
 
 def _by_position(lengths: list[int], width: int) -> tuple[int, ...]:

@@ -4,32 +4,38 @@ Algorithm 1 sees the block when it has been paid for, and can only trim. Under a
 of a block is worth verifying, the drafting itself is the loss. The gate asks what rounds with
 blocks like the latest ones would bring at the load at hand, drafting included, for each length that
 it might ask for, and compares with rounds without. What it knows of blocks holds at every load;
-what it knows of times, it learns by load, and a load that it has not seen is tried.
+what it knows of times, it learns by load, and guesses a load that it has not seen from others.
 
 While it is closed, a few rounds in a row are drafted now and then, since texts change and machines
-do: the first rounds after a start are often slow. Pauses double until the time that this takes is a
-small share. While it is open, every so often another length is asked for than the best, and nothing
-at all, for the same reason: what a round without drafts takes is half of every comparison.
+do: the first rounds after a start are often slow. Pauses grow until the time that this takes is a
+small share, for each load by itself, since loads come and go. While it is open, every so often
+another length is asked for than the best, and nothing at all, for the same reason: what a round
+without drafts takes is half of every comparison.
 
 It looks at blocks of the past only, never at the one at hand, so it cannot bias what is emitted.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from dspark.scheduling.round_times import RoundTimes
+from dspark.scheduling.planner import Search, best_count
+from dspark.scheduling.round_times import RoundTimes, load_of
 from dspark.types import FloatArray
 
 _BLOCKS = 128  # remembered
 _EVERY = 16  # rounds between estimates
-_EXPLORE = 16  # rounds between those that are run to learn, half of them without drafts
+_EXPLORE = 32  # rounds between those that are run to learn of other lengths
+_EXPLORE_NONE = 32  # and between those without drafts, where drafting hardly pays
+_HARDLY = 0.25  # gained; who gains more asks less often whether it does
 _PROBE_ROUNDS = 3  # in a row, so that what only the first of them suffers from does not count
 _PROBE_SHARE = 0.004  # of the time, spent on probing in the long run
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 2048  # rounds
+_PAUSE_GROWTH = 4  # a start is over after few probes, and what loses then mostly goes on losing
 _LEAST_GAIN = 1.0
 _CLOSE_BELOW = 0.995  # hysteresis: an open gate is closed by less than this
 _BETTER = 1.005  # another length replaces the one in use if it brings this much more
@@ -39,23 +45,32 @@ _TINY = np.float32(1e-30)
 _PRIOR = 16.0  # tokens' worth of belief in the confidences
 
 
+@dataclass(slots=True)
+class _Closed:
+    """A load at which drafting does not pay."""
+
+    pause: int = _FIRST_PAUSE  # the next one
+    rest: int = 0  # rounds that are left of the pause under way
+    probe: int = 0  # and of the probe after it
+
+
 class DraftGate:
     """Asked once a round how long the next blocks should be. One gate a verifier."""
 
     def __init__(self, times: RoundTimes) -> None:
         self._times = times
         self._latest: list[Sequence[FloatArray]] = []  # rounds that are yet to be looked at
-        self._blocks: deque[FloatArray] = deque(maxlen=_BLOCKS)  # all of one length
+        self._blocks = np.ones((0, 0), dtype=np.float32)  # survivals, the latest last
         self._usual = np.ones(0, dtype=np.float32)  # chance of each position, given the one before
         self._promised = self._accepted = _PRIOR  # of draft tokens that were verified
         self._size = 0  # that pays best; 0: none pays
         self._best = 0  # that loses least
+        self._gain = 1.0  # with that
         self._requests = 0  # of the last estimate
         self._rounds = 0  # since the start
         self._age = 0  # rounds since the last estimate
-        self._pause = _FIRST_PAUSE  # the next one
-        self._rest = 0  # rounds that are left of the pause under way
-        self._probe = 0  # and of the probe after it
+        self._since_none = 0  # rounds since some were run without drafts to learn
+        self._closed: defaultdict[int, _Closed] = defaultdict(_Closed)  # by load
 
     def record(self, survivals: Sequence[FloatArray]) -> None:
         """Blocks that were drafted in one round. Looked at when an estimate is made."""
@@ -73,10 +88,11 @@ class DraftGate:
             seen = chances.mean(axis=0)
             if length > len(self._usual):
                 self._usual = np.append(self._usual, seen[len(self._usual) :])
-                self._blocks.clear()  # once or twice, at the start
+                self._blocks = np.ones((0, length), dtype=np.float32)  # once or twice, at the start
             self._usual[:length] += weight * (seen - self._usual[:length])
             tail = np.cumprod(self._usual[length:])
-            self._blocks.extend(np.concatenate([blocks, blocks[:, -1:] * tail], axis=1))
+            whole = np.concatenate([blocks, blocks[:, -1:] * tail], axis=1)
+            self._blocks = np.concatenate([self._blocks, whole])[-_BLOCKS:]
 
     def settle(self, promised: float, accepted: int) -> None:
         """Of the draft tokens of one step, how many should have survived, and how many did."""
@@ -85,52 +101,71 @@ class DraftGate:
         if self._accepted > _OUTCOMES:
             self._promised, self._accepted = 0.5 * self._promised, 0.5 * self._accepted
 
-    def block_size(self, requests: int, most: int, latency_ms: float = 0.0) -> int:
+    @property
+    def rest(self) -> int:
+        """Rounds until blocks are asked for again; 0 while they are."""
+        return 0 if self._size else self._closed[load_of(self._requests)].rest
+
+    def block_size(
+        self, requests: int, most: int, latency_ms: float = 0.0, search: Search = "global"
+    ) -> int:
         """Tokens to draft for each of `requests` requests, at most `most`; 0: none.
 
         `latency_ms`: how long after they are asked for blocks come, if other steps may run
-        meanwhile.
+        meanwhile. `search`: as the blocks will be planned.
         """
-        if not (self._blocks or self._latest) or not self._times.drafting_known(requests):
+        if not (len(self._blocks) or self._latest) or not self._times.drafting_known:
             return most
         self._rounds += 1
         self._age += 1
-        in_pause = self._rest or self._probe  # when nothing new is learnt
-        if (self._age >= _EVERY if self._size else not in_pause) or requests != self._requests:
+        load = load_of(requests)
+        closed = self._closed[load]
+        learns = self._size or not (closed.rest or closed.probe)
+        estimates = (learns and self._age >= _EVERY) or load != load_of(self._requests)
+        if estimates:
             self._requests, self._age = requests, 0
-            self._estimate(requests, most, latency_ms)
+            self._estimate(requests, most, latency_ms, search)
         if self._size:
-            self._pause, self._rest, self._probe = _FIRST_PAUSE, 0, 0
-            explores = self._rounds % _EXPLORE == 0
-            return self._another(most) if explores else min(self._size, most)
-        if self._rest == 0 and self._probe == 0:
-            self._rest, self._probe = self._pause, _PROBE_ROUNDS
+            self._closed[load] = _Closed()
+            # A round that an estimate has made longer is none to learn from.
+            return min(self._size, most) if estimates else self._another(most)
+        if closed.rest == 0 and closed.probe == 0:
+            closed.rest, closed.probe = closed.pause, _PROBE_ROUNDS
             cost = self._times.draft_ms(requests, most) / self._times.plain_ms(requests)
-            enough = _PROBE_ROUNDS * cost / _PROBE_SHARE
-            self._pause = int(min(2 * self._pause, max(enough, _FIRST_PAUSE), _LONGEST_PAUSE))
-        if self._rest:
-            self._rest -= 1
+            enough = int(max(_PROBE_ROUNDS * cost / _PROBE_SHARE, _FIRST_PAUSE))
+            closed.pause = min(_PAUSE_GROWTH * closed.pause, enough, _LONGEST_PAUSE)
+        if closed.rest:
+            closed.rest -= 1
             return 0
-        self._probe -= 1
+        closed.probe -= 1
         # The whole block first, to see the text as it is now; then what may pay.
-        return most if self._probe == _PROBE_ROUNDS - 1 else min(self._best or most, most)
+        return most if closed.probe == _PROBE_ROUNDS - 1 else min(self._best or most, most)
 
     def _another(self, most: int) -> int:
-        turn, sizes = self._rounds // _EXPLORE, _sizes(most)
-        if turn % 2:
+        """While open: the best length but for rounds that are run to learn."""
+        self._since_none += 1
+        apart = _EXPLORE_NONE * max(1.0, (self._gain - 1.0) / _HARDLY)
+        if self._since_none > apart:
+            if self._since_none > apart + 1:  # two in a row: the first is not like others
+                self._since_none = 0
             return 0
+        if self._rounds % _EXPLORE:
+            return min(self._size, most)
+        turn, sizes = self._rounds // _EXPLORE, _sizes(most)
         # Only whole blocks say what later positions are worth.
-        return most if turn % 4 else sizes[turn // 4 % len(sizes)]
+        return most if turn % 2 else sizes[turn // 2 % len(sizes)]
 
-    def _estimate(self, requests: int, most: int, latency_ms: float) -> None:
-        gains = {size: self.gain(requests, size, latency_ms) for size in _sizes(most)}
+    def _estimate(self, requests: int, most: int, latency_ms: float, search: Search) -> None:
+        gains = {size: self.gain(requests, size, latency_ms, search) for size in _sizes(most)}
         best = max(gains, key=lambda size: gains[size])
         if gains.get(self._size, 0.0) * _BETTER > gains[best]:
             best = self._size
-        self._best = best
+        self._best, self._gain = best, gains[best]
         self._size = best if gains[best] > (_CLOSE_BELOW if self._size else _LEAST_GAIN) else 0
 
-    def gain(self, requests: int, size: int, latency_ms: float = 0.0) -> float:
+    def gain(
+        self, requests: int, size: int, latency_ms: float = 0.0, search: Search = "global"
+    ) -> float:
         """Expected tokens a second with blocks of `size` tokens, over those without.
 
         Draft tokens are admitted by survival, as Algorithm 1 does, from all remembered blocks as
@@ -138,19 +173,16 @@ class DraftGate:
         """
         if self._latest:
             self._take_in()
-        blocks = np.stack(self._blocks)[:, :size]
+        blocks = self._blocks[:, :size]
         survivals = np.sort(blocks, axis=None)[::-1].astype(np.float64)
-        counts = np.arange(len(survivals) + 1)
-        round_ms = self._times.curve(requests, size)
-        tokens = requests * (1.0 + counts / len(blocks))
-        whole_tokens = np.arange(requests, requests * (1 + size) + 1)
-        took_ms = np.interp(tokens, whole_tokens, [round_ms(int(b)) for b in whole_tokens])
+        tokens = requests * (1.0 + np.arange(len(survivals) + 1) / len(blocks))
+        took_ms = self._times.round_ms(requests, tokens, size)
         accepted = np.concatenate([[0.0], np.cumsum(survivals)]) / len(blocks)
         committed = requests * (1.0 + accepted * (self._accepted / self._promised))
-        best = int(np.argmax(committed / took_ms))
+        best = best_count(committed / took_ms, search)
         least_ms = float(took_ms[best])
         if latency_ms:
-            halved = self._times.overlapped_ms(requests, round(tokens[best]), size, latency_ms)
+            halved = self._times.overlapped_ms(requests, float(tokens[best]), size, latency_ms)
             least_ms = min(least_ms, halved)
         return float(committed[best]) / least_ms / (requests / self._times.plain_ms(requests))
 

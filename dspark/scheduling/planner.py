@@ -8,7 +8,8 @@ The stop at the first token that does not raise Θ is what keeps `rejection` mod
 draft token k is admitted must not depend on its own value. Confidence c_k is computed before x_k is
 drawn, but c_{k+1} is not: a search that looks past k for a better optimum lets x_k decide whether
 it is itself verified (Appendix A: 0.85 where the target says 0.70). `search="global"` is that
-search; it is allowed in `coupled` mode only, where the emitted token does not depend on the plan.
+search; it is allowed where the emitted token does not depend on the plan: greedy, and in `coupled`
+mode.
 """
 
 from __future__ import annotations
@@ -18,46 +19,50 @@ from typing import Literal
 
 import numpy as np
 
-from dspark.types import FloatArray
+from dspark.types import DoubleArray, FloatArray, IntArray
 
 Search = Literal["causal", "global"]
 
 
 def plan_lengths(
     survivals: Sequence[FloatArray],  # one [γ_r] a request, never increasing
-    step_ms: Callable[[int], float],  # T(B): time of a round with B target tokens
+    step_ms: Callable[[DoubleArray], DoubleArray],  # T(B): rounds with so many target tokens
     *,
     extra_tokens: int = 0,  # other target tokens in the same step, such as prefill
     max_draft_tokens: int = 0,  # ceiling known from an earlier step; 0: none
     search: Search = "causal",
 ) -> list[int]:
     """ℓ_r for each request."""
-    lengths = [0] * len(survivals)
     if not survivals:
-        return lengths
-    order = _descending(survivals)
+        return []
+    requests, values = _descending(survivals)
     if max_draft_tokens:
-        order = order[:max_draft_tokens]
-    base = len(survivals) + extra_tokens
-    expected = float(len(survivals))
-    best = expected / step_ms(base)
-    admitted = 0
-    for count, (request, position) in enumerate(order, start=1):
-        expected += float(survivals[request][position])
-        throughput = expected / step_ms(base + count)
-        if throughput > best:
-            best, admitted = throughput, count
-        elif search == "causal":
-            break
-    for request, position in order[:admitted]:
-        lengths[request] = position + 1
+        requests, values = requests[:max_draft_tokens], values[:max_draft_tokens]
+    counts = np.arange(len(values) + 1, dtype=np.float64)
+    expected = len(survivals) + np.concatenate([[0.0], np.cumsum(values)])
+    tokens = len(survivals) + extra_tokens + counts
+    admitted = best_count(expected / step_ms(tokens), search)
+    lengths: list[int] = np.bincount(requests[:admitted], minlength=len(survivals)).tolist()
     return lengths
 
 
-def _descending(survivals: Sequence[FloatArray]) -> list[tuple[int, int]]:
+def best_count(
+    throughput: DoubleArray,  # Θ with 0, 1, … draft tokens admitted
+    search: Search,
+) -> int:
+    """Where the search stops."""
+    if search == "global":
+        return int(np.argmax(throughput))
+    stops = np.flatnonzero(np.diff(throughput) <= 0.0)
+    return int(stops[0]) if len(stops) else len(throughput) - 1
+
+
+def _descending(survivals: Sequence[FloatArray]) -> tuple[IntArray, DoubleArray]:
+    """Whose each draft token is, and its survival, by falling survival."""
     # Ties go by position, then request: a rule that no token's value enters.
-    requests = np.concatenate([np.full(len(a), r) for r, a in enumerate(survivals)])
-    positions = np.concatenate([np.arange(len(a)) for a in survivals])
-    values = np.concatenate([np.asarray(a, dtype=np.float64) for a in survivals])
+    sizes = [len(a) for a in survivals]
+    requests = np.repeat(np.arange(len(sizes)), sizes)
+    positions = np.concatenate([np.arange(size) for size in sizes])
+    values = np.concatenate(survivals).astype(np.float64)
     order = np.lexsort((requests, positions, -values))
-    return [(int(requests[i]), int(positions[i])) for i in order]
+    return requests[order], values[order]

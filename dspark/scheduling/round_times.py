@@ -6,9 +6,13 @@ Both are followed here for each size of load, as running medians: one step that 
 interrupted says nothing about the next.
 
 Much of what differs is the machine's speed, which changes by the second where others share it, and
-for all kinds of rounds alike. It is followed apart from the rest, over the last few steps, whatever
-their kind; all else is remembered relative to it. So rounds with and without drafting, of which
-only one kind is run at a time, can be compared although the machine has changed in between.
+for all kinds of steps alike. It is followed over the last few steps, whatever their kind. How kinds
+compare, steps with drafts with those without and one load with another, is learnt only where they
+meet within a few steps, by holding the rarer against the other; while one kind is run alone, there
+is nothing to learn, and what it might seem to teach would be noise that adds up.
+
+A load that has not been seen is judged by its neighbours: in between on the line between them,
+beyond in proportion. A larger load is so thought worse than it may be, and a smaller one better.
 
 Where blocks take long to come, a round may be run as two: each half of the requests is stepped
 while the other half is drafted for. That pays when the wait that it hides is longer than what two
@@ -22,33 +26,106 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
 from dspark.scheduling.step_table import StepTimeTable
+from dspark.types import DoubleArray
 
 _MEMORY = 15  # rounds that a median is over
 _SPEED_MEMORY = 5  # steps; a change of speed must be known before the other medians follow it
+_NEAR = 8  # steps within which kinds meet
 _FIXED_SHARE = 0.5  # of drafting, that a shorter block is not expected to save
 _LEAST = 3  # rounds that make a measurement: one may be an outlier, the first often is
 
 
-def _recent() -> deque[float]:
-    return deque(maxlen=_MEMORY)
+def load_of(requests: int) -> int:
+    """Names the size of load that `requests` belong to; times are remembered by it."""
+    return (requests - 1).bit_length()
+
+
+class _Recent:
+    """The latest values of something, and their median."""
+
+    __slots__ = ("_values", "usual")
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=_MEMORY)
+        self.usual: float | None = None
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, value: float) -> None:
+        self._values.append(value)
+        self.usual = median(self._values)
+
+
+class _Step(NamedTuple):
+    requests: int
+    rows: float  # a request
+    ratio: float  # measured / table
+
+    @property
+    def load(self) -> int:
+        return load_of(self.requests)
+
+    @property
+    def wide(self) -> bool:
+        """With drafts."""
+        return self.rows > 1.0
+
+
+class _Correction(NamedTuple):
+    """Usual times over the table's: `level` at one row a request, then on a line to what is usual
+    with drafts.
+
+    A jump where the first draft token is verified would be the table's error at one row or the
+    other, and would keep any from being verified.
+    """
+
+    level: float
+    widening: float
+    wide_rows: float
+
+    def at(self, rows: float) -> float:
+        share = min(1.0, (rows - 1.0) / (self.wide_rows - 1.0))
+        return self.level * (1.0 + share * (self.widening - 1.0))
+
+    def line(self, rows: DoubleArray) -> DoubleArray:
+        return self.level * np.interp(rows, (1.0, self.wide_rows), (1.0, self.widening))
 
 
 @dataclass(slots=True)
 class _Load:
-    """Rounds of about the same number of requests."""
+    """Rounds of about the same number of requests. Times are relative to the machine's speed."""
 
-    # All relative to the machine's speed.
-    narrow: deque[float] = field(default_factory=_recent)  # measured / table, one row a request
-    wide: deque[float] = field(default_factory=_recent)  # the same, steps with drafts
-    plain_ms: deque[float] = field(default_factory=_recent)  # of a round beside its step
-    draft_ms: defaultdict[int, deque[float]] = field(  # the same, with blocks of so many tokens
-        default_factory=lambda: defaultdict(_recent)
+    level: _Recent = field(default_factory=_Recent)  # the table's error, against other loads
+    widening: _Recent = field(default_factory=_Recent)  # the same, wide against narrow steps
+    wide_rows: _Recent = field(default_factory=_Recent)  # rows a request in wide steps
+    plain_ms: _Recent = field(default_factory=_Recent)  # of a round beside its step
+    draft_ms: defaultdict[int, _Recent] = field(  # the same, with blocks of so many tokens
+        default_factory=lambda: defaultdict(_Recent)
     )
-    wait_ms: deque[float] = field(default_factory=_recent)  # for blocks, with nothing else to do
+    wait_ms: _Recent = field(default_factory=_Recent)  # for blocks, with nothing else to do
+
+    def usual_draft_ms(self, size: int) -> float | None:
+        """As measured, or on the line through what was: drafting has a part that no length saves.
+
+        Short blocks are thought cheap, so that they are tried.
+        """
+        known = {
+            length: times.usual
+            for length, times in self.draft_ms.items()
+            if len(times) >= _LEAST and times.usual is not None
+        }
+        if not known or size in known:
+            return known.get(size)
+        plain = self.plain_ms.usual or 0.0
+        sizes = sorted(known)
+        nothing = plain + _FIXED_SHARE * max(0.0, known[sizes[0]] - plain)
+        return float(np.interp(size, [0, *sizes], [nothing, *(known[s] for s in sizes)]))
 
 
 class RoundTimes:
@@ -57,7 +134,9 @@ class RoundTimes:
     def __init__(self, table: StepTimeTable) -> None:
         self.table = table
         self._loads: defaultdict[int, _Load] = defaultdict(_Load)  # by powers of two
-        self._slowness: deque[float] = deque(maxlen=_SPEED_MEMORY)  # measured / expected
+        self._steps: deque[_Step] = deque(maxlen=_NEAR)
+        self._slow = 1.0  # steps of late over what is usual
+        self._drafted, self._in_a_row = False, 0  # the last rounds
 
     def record(
         self,
@@ -70,51 +149,64 @@ class RoundTimes:
         waited_ms: float = 0.0,  # of the round, for blocks
         overlapped: bool = False,  # other requests were drafted for meanwhile
     ) -> None:
-        """A round without prompts took so long."""
-        load, wide = self._at(requests), tokens > requests
-        ratio = step_ms / self.table.ms(requests, tokens)
-        self._slowness.append(ratio / self._correction(requests, wide))
-        slow = self._slow()
-        (load.wide if wide else load.narrow).append(ratio / slow)
+        """A round without prompts took so long.
+
+        The first after a change between drafting and none is left out, since it pays for that.
+        """
+        if bool(drafted) != self._drafted:
+            settled, self._drafted, self._in_a_row = self._in_a_row > 1, bool(drafted), 1
+            if settled:
+                return
+        else:
+            self._in_a_row += 1
+        load = self._at(requests)
+        step = _Step(requests, tokens / requests, step_ms / self.table.ms(requests, tokens))
+        if step.wide:
+            load.wide_rows.add(step.rows)
+        self._compare(step, load)
+        self._steps.append(step)
+        slow = self._slow = median(
+            near.ratio / self._factor(near) for near in list(self._steps)[-_SPEED_MEMORY:]
+        )
         beside = load.draft_ms[drafted] if drafted else load.plain_ms
-        beside.append((round_ms - step_ms - waited_ms) / slow)
+        beside.add((round_ms - step_ms - waited_ms) / slow)
         if drafted and not overlapped:
-            load.wait_ms.append(waited_ms / slow)
+            load.wait_ms.add(waited_ms / slow)
 
-    def drafting_known(self, requests: int) -> bool:
-        """Whether rounds with drafting have been measured at this load."""
-        return any(len(times) >= _LEAST for times in self._at(requests).draft_ms.values())
+    @property
+    def drafting_known(self) -> bool:
+        """Whether rounds with drafting have been measured, at whatever load."""
+        return any(
+            len(times) >= _LEAST
+            for load in self._loads.values()
+            for times in load.draft_ms.values()
+        )
 
-    def step_ms(self, requests: int, tokens: int) -> float:
+    def step_ms(self, requests: int, tokens: float) -> float:
         """A step of `tokens` target tokens in all."""
-        correction = self._correction(requests, tokens > requests)
-        return self.table.ms(requests, tokens) * correction * self._slow()
+        correction = self._correction(requests).at(tokens / max(1, requests))
+        return self.table.ms(requests, tokens) * correction * self._slow
 
     def plain_ms(self, requests: int) -> float:
         """A round without drafting."""
-        beside = median(self._at(requests).plain_ms or (0.0,))
-        return self.step_ms(requests, requests) + beside * self._slow()
+        beside = self._of(requests, lambda load: load.plain_ms.usual)
+        return self.step_ms(requests, requests) + beside * self._slow
 
     def draft_ms(self, requests: int, size: int, *, waits: bool = True) -> float:
         """What drafting blocks of `size`, and all else beside the step, take of a round."""
-        load = self._at(requests)
-        wait = median(load.wait_ms or (0.0,)) if waits else 0.0
-        return (self._beside_ms(load, size) + wait) * self._slow()
+        beside = self._of(requests, lambda load: load.usual_draft_ms(size))
+        wait = self._of(requests, lambda load: load.wait_ms.usual) if waits else 0.0
+        return (beside + wait) * self._slow
 
-    def curve(
-        self, requests: int, size: int, *, waits: bool = True
-    ) -> Callable[[int], float]:  # target tokens -> ms
+    def round_ms(
+        self, requests: int, tokens: DoubleArray, size: int, *, waits: bool = True
+    ) -> DoubleArray:
         """Rounds with blocks of `size`, by the target tokens in their step."""
-        beside = self.draft_ms(requests, size, waits=waits)
-        slow, table_ms = self._slow(), self.table.ms
-        narrow, wide = (slow * self._correction(requests, wide) for wide in (False, True))
+        corrections = self._correction(requests).line(tokens / max(1, requests))
+        steps_ms = self.table.times_ms(requests, tokens) * corrections * self._slow
+        return steps_ms + self.draft_ms(requests, size, waits=waits)
 
-        def round_ms(tokens: int) -> float:
-            return table_ms(requests, tokens) * (wide if tokens > requests else narrow) + beside
-
-        return round_ms
-
-    def overlapped_ms(self, requests: int, tokens: int, size: int, latency_ms: float) -> float:
+    def overlapped_ms(self, requests: int, tokens: float, size: int, latency_ms: float) -> float:
         """A round with drafting as two halves; blocks come `latency_ms` after they are asked for.
 
         Infinite where there is nothing to halve.
@@ -122,9 +214,10 @@ class RoundTimes:
         if requests < 2:
             return math.inf
         half = (requests + 1) // 2
-        other = requests - half
-        first = self.curve(half, size, waits=False)(round(tokens * half / requests))
-        second = self.curve(other, size, waits=False)(round(tokens * other / requests))
+        first, second = (
+            self.step_ms(r, tokens * r / requests) + self.draft_ms(r, size, waits=False)
+            for r in (half, requests - half)
+        )
         return max(first + second, latency_ms + max(first, second))
 
     def merging_saves_ms(self, here: tuple[int, int], there: tuple[int, int]) -> float:
@@ -132,31 +225,56 @@ class RoundTimes:
         merged = self.step_ms(here[0] + there[0], here[1] + there[1])
         return self.step_ms(*here) + self.step_ms(*there) - merged
 
-    def _slow(self) -> float:
-        """Steps of late over what is usual."""
-        return median(self._slowness or (1.0,))
+    def _compare(self, step: _Step, load: _Load) -> None:
+        """Learn what a step says of its kind beside those near it."""
+        here = [near for near in self._steps if near.load == step.load]
+        others = [near.ratio for near in here if near.wide != step.wide]
+        if others and 2 * len(others) >= len(here):
+            base = median(others)
+            load.widening.add(step.ratio / base if step.wide else base / step.ratio)
+        elsewhere = [
+            near.ratio / self._factor(near) for near in self._steps if near.load != step.load
+        ]
+        if not load.level or (elsewhere and len(elsewhere) >= len(here)):
+            own = step.ratio * self._correction(step.requests).level / self._factor(step)
+            load.level.add(own / median(elsewhere or (1.0,)))
 
-    def _correction(self, requests: int, wide: bool) -> float:
-        """Usual over table. Until a kind of step has been seen, the other says more than 1."""
-        load = self._at(requests)
-        first, second = (load.wide, load.narrow) if wide else (load.narrow, load.wide)
-        return median(first or second or (1.0,))
+    def _factor(self, step: _Step) -> float:
+        return self._correction(step.requests).at(step.rows)
 
-    def _beside_ms(self, load: _Load, size: int) -> float:
-        """As measured, or on the line through what was: drafting has a part that no length saves.
+    def _correction(self, requests: int) -> _Correction:
+        return _Correction(
+            self._nearest(requests, lambda load: load.level.usual, 1.0),
+            self._nearest(requests, lambda load: load.widening.usual, 1.0),
+            self._nearest(requests, lambda load: load.wide_rows.usual, 2.0),
+        )
 
-        Short blocks are thought cheap, so that they are tried.
-        """
-        known = {s: median(times) for s, times in load.draft_ms.items() if len(times) >= _LEAST}
-        if size in known:
-            return known[size]
-        plain = median(load.plain_ms or (0.0,))
+    def _nearest(
+        self, requests: int, value: Callable[[_Load], float | None], default: float
+    ) -> float:
+        own = value(self._at(requests))
+        if own is not None:
+            return own
+        known = self._known(value)
+        return known[min(known, key=lambda r: abs(r - requests))] if known else default
+
+    def _of(self, requests: int, time_ms: Callable[[_Load], float | None]) -> float:
+        """A time at this load, or what its neighbours make of it; 0 where no load knows."""
+        own = time_ms(self._at(requests))
+        if own is not None:
+            return own
+        known = self._known(time_ms)
         if not known:
-            latest = [time for times in load.draft_ms.values() for time in times]
-            return median(latest or (plain,))
-        sizes = sorted(known)
-        nothing = plain + _FIXED_SHARE * max(0.0, known[sizes[0]] - plain)
-        return float(np.interp(size, [0, *sizes], [nothing, *(known[s] for s in sizes)]))
+            return 0.0
+        loads = sorted(known)
+        nearest = min(max(requests, loads[0]), loads[-1])
+        within = float(np.interp(nearest, loads, [known[r] for r in loads]))
+        return within * requests / nearest
+
+    def _known(self, value: Callable[[_Load], float | None]) -> dict[int, float]:
+        """By the largest number of requests of a load."""
+        known = {1 << name: value(load) for name, load in self._loads.items()}
+        return {requests: found for requests, found in known.items() if found is not None}
 
     def _at(self, requests: int) -> _Load:
-        return self._loads[(requests - 1).bit_length()]
+        return self._loads[load_of(requests)]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dspark.errors import ConfigError
+from dspark.types import DoubleArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class StepTimeTable:
             fingerprint,
         )
 
-    def ms(self, requests: int, tokens: int) -> float:
+    def ms(self, requests: int, tokens: float) -> float:
         """Time of a step of `requests` requests and `tokens` target tokens in all."""
         i, u = _place(self.requests, requests)
         j, v = _place(self.rows, tokens / max(1, requests))
@@ -65,6 +66,13 @@ class StepTimeTable:
         at_low = low[j] + v * (low[j + 1] - low[j])
         at_high = high[j] + v * (high[j + 1] - high[j])
         return max(self.step_ms[0][0], at_low + u * (at_high - at_low))
+
+    def times_ms(self, requests: int, tokens: DoubleArray) -> DoubleArray:
+        """The same for each of `tokens`, on the edges of cells for all in between."""
+        rows = tokens / max(1, requests)
+        edges = np.array([*self.rows, max(self.rows[-1] + 1.0, float(rows.max()))])
+        times = [self.ms(requests, float(edge) * requests) for edge in edges]
+        return np.interp(rows, edges, times)
 
 
 def _place(axis: tuple[int, ...], x: float) -> tuple[int, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -19,7 +18,7 @@ from dspark.decoding.noise import Stream, draw_key
 from dspark.engine import drafting, judge, verifier
 from dspark.engine.verifier import VerifierEngine
 from dspark.kernels.cpu import operators
-from dspark.scheduling.planner import Search, plan_lengths
+from dspark.scheduling.planner import Search
 from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import (
@@ -221,7 +220,7 @@ def test_confidences_that_tell_of_tokens_do_no_harm(
     search: Search, lossless: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Appendix A through the whole engine."""
-    monkeypatch.setattr(verifier, "plan_lengths", partial(plan_lengths, search=search))
+    monkeypatch.setattr(verifier, "_search", lambda _: search)
     target = tiny_target(vocab=VOCAB)
     engine = tiny_engine(
         target,

@@ -65,6 +65,17 @@ def test_while_drafting_loses_it_costs_a_small_share_of_the_time() -> None:
     assert verifier.rounds(BAD, 5000) * 5.0 < 0.005 * 5000 * 11.5
 
 
+def test_it_says_how_long_no_blocks_will_be_asked_for() -> None:
+    """So that drafters get their context in time, and not before."""
+    verifier = Verifier(draft_ms=5.0)
+    verifier.rounds(BAD, 2000)
+    while not verifier.gate.rest:
+        verifier.rounds(BAD, 1)
+    assert verifier.rounds(BAD, verifier.gate.rest) == 0
+    assert verifier.gate.rest == 0
+    assert verifier.rounds(BAD, 1) == 1
+
+
 def test_it_opens_again_when_texts_become_predictable() -> None:
     verifier = Verifier()
     verifier.rounds(BAD, 500)
@@ -80,6 +91,29 @@ def test_what_loses_under_load_is_known_to_pay_without() -> None:
     verifier.draft_ms = 1.0
     assert verifier.rounds(fair, 100, requests=1) > 90
     assert verifier.rounds(fair, 50, requests=16) < 12  # and it remembers
+
+
+def test_a_load_that_was_never_seen_is_judged_by_its_neighbours() -> None:
+    verifier = Verifier()
+    for requests in (1, 2, 8):
+        verifier.draft_ms = 4.0 * requests
+        verifier.rounds(BAD, 40, requests)
+    at = {requests: verifier.times.draft_ms(requests, MOST) for requests in (2, 4, 8, 16)}
+    assert at[4] == pytest.approx(at[2] + (at[8] - at[2]) / 3)
+    assert at[16] == pytest.approx(2 * at[8])
+    assert verifier.rounds(BAD, 16, requests=16) == 0, "what cannot pay must not be tried"
+
+
+def test_pauses_at_one_load_outlast_a_stay_at_another() -> None:
+    verifier = Verifier(draft_ms=20.0)
+    verifier.rounds(BAD, 2000, requests=16)
+    spent = 0
+    for _ in range(20):
+        verifier.draft_ms = 0.5
+        assert verifier.rounds(GOOD, 20, requests=1) >= 18
+        verifier.draft_ms = 20.0
+        spent += verifier.rounds(BAD, 20, requests=16)
+    assert spent < 20
 
 
 def test_slow_rounds_after_a_start_are_forgotten() -> None:
@@ -100,16 +134,32 @@ def test_one_slow_round_changes_nothing() -> None:
 
 @pytest.mark.parametrize("slower", [0.5, 1.0, 3.0])
 def test_times_follow_what_is_measured(slower: float) -> None:
-    verifier = Verifier(slower=slower)
-    verifier.rounds(GOOD, 15, requests=4)  # none of them without drafts
-    verifier.times.record(requests=4, tokens=4, drafted=False, step_ms=7.0, round_ms=7.2)
-    assert verifier.times.step_ms(4, 6) == pytest.approx(slower * TABLE.ms(4, 6))
-    assert verifier.times.step_ms(4, 4) == pytest.approx(7.0)
-    assert verifier.times.draft_ms(4, MOST) == pytest.approx(2.5)
-    assert verifier.times.plain_ms(4) == pytest.approx(7.2)
-    assert not verifier.times.drafting_known(16)
+    times, wide_ms = RoundTimes(TABLE), slower * TABLE.ms(4, 6)
+    times.record(requests=4, tokens=4, drafted=0, step_ms=7.0, round_ms=7.2)
+    for _ in range(15):
+        times.record(
+            requests=4,
+            tokens=6,
+            drafted=MOST,
+            step_ms=wide_ms,
+            round_ms=wide_ms + 4.5,
+            waited_ms=2.0,
+        )
+    assert times.step_ms(4, 6) == pytest.approx(wide_ms)
+    assert times.step_ms(4, 4) == pytest.approx(7.0)
+    assert times.draft_ms(4, MOST) == pytest.approx(4.5)
+    assert times.draft_ms(4, MOST, waits=False) == pytest.approx(2.5)
+    assert times.plain_ms(4) == pytest.approx(7.2)
     # of a load that was never seen, the machine's speed is known
-    assert verifier.times.step_ms(16, 20) == pytest.approx(slower * TABLE.ms(16, 20))
+    assert times.step_ms(16, 24) == pytest.approx(slower * TABLE.ms(16, 24))
+
+
+def test_the_first_draft_token_is_not_charged_what_the_table_lacks_for_all() -> None:
+    """The table thinks a second row a request free; it takes as much as the first."""
+    times = RoundTimes(StepTimeTable((1, 32), (1, 2), ((8.0, 8.0), (8.0, 8.0))))
+    for tokens in (4, 8) * 20:
+        times.record(requests=4, tokens=tokens, drafted=0, step_ms=2.0 * tokens, round_ms=20.0)
+    assert [times.step_ms(4, tokens) for tokens in (4, 5, 8)] == pytest.approx([8.0, 10.0, 16.0])
 
 
 def test_what_was_measured_before_the_machine_slowed_down_still_compares() -> None:
@@ -125,6 +175,22 @@ def test_what_was_measured_before_the_machine_slowed_down_still_compares() -> No
         verifier.times.record(requests=8, tokens=12, drafted=MOST, step_ms=48.0, round_ms=58.0)
     assert verifier.gate.gain(8, MOST) == pytest.approx(before, rel=0.01)
     assert verifier.times.plain_ms(8) == pytest.approx(42.0, rel=0.01)
+
+
+def test_noise_of_one_kind_of_rounds_does_not_add_up() -> None:
+    """For an hour there is nothing but rounds without drafts, on a machine with many others."""
+    verifier = Verifier()
+    rng = np.random.default_rng(1)
+    for size in (0, MOST) * 20:
+        verifier.times.record(
+            requests=8, tokens=8 + size, drafted=size, step_ms=20.0 + size, round_ms=21.0 + 2 * size
+        )
+    verifier.gate.record([BAD])
+    before = verifier.gate.gain(8, MOST)
+    for _ in range(5000):
+        step_ms = 20.0 * float(rng.lognormal(0.0, 0.2))
+        verifier.times.record(requests=8, tokens=8, drafted=0, step_ms=step_ms, round_ms=step_ms)
+    assert verifier.gate.gain(8, MOST) == pytest.approx(before, rel=0.05)
 
 
 def test_the_gain_is_that_of_the_plans() -> None:

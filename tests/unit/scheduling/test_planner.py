@@ -46,16 +46,20 @@ def test_what_it_admits_never_lowers_expected_throughput(
     assert expected / (10.0 + slope * tokens) >= len(a) / (10.0 + slope * len(a)) - 1e-9
 
 
+def flat(tokens: np.ndarray) -> np.ndarray:
+    return np.full(len(tokens), 10.0)
+
+
 def test_free_tokens_are_all_admitted_and_dear_ones_are_not() -> None:
     a = survivals([[0.9, 0.5], [0.3]])
-    assert plan_lengths(a, lambda tokens: 10.0) == [2, 1]
+    assert plan_lengths(a, flat) == [2, 1]
     assert plan_lengths(a, lambda tokens: 10.0 * tokens) == [0, 0]
-    assert plan_lengths([], lambda tokens: 10.0) == []
+    assert plan_lengths([], flat) == []
 
 
 def test_prompt_tokens_in_the_step_are_paid_for() -> None:
-    def knee(tokens: int) -> float:
-        return 10.0 if tokens <= 8 else 10.0 * tokens
+    def knee(tokens: np.ndarray) -> np.ndarray:
+        return np.where(tokens <= 8, 10.0, 10.0 * tokens)
 
     a = survivals([[0.9, 0.9, 0.9]])
     assert plan_lengths(a, knee) == [3]
@@ -77,11 +81,11 @@ def test_appendix_a(search: Search, expected: float) -> None:
     confidence tells which token was drafted first. With 40,000 draws the estimate's standard error
     is 0.0023, so ±0.01 is missed with probability 1e-5.
     """
-    step_ms = {1: 1 / 1.0, 2: 1 / 0.5, 3: 1 / 0.45}
+    step_ms = np.array([np.nan, 1 / 1.0, 1 / 0.5, 1 / 0.45])
 
     def verified(first: int) -> int:
         a = survival(np.array([0.8, 1.0 if first == 0 else 0.0], dtype=np.float32))
-        (length,) = plan_lengths([a], step_ms.__getitem__, search=search)
+        (length,) = plan_lengths([a], lambda tokens: step_ms[tokens.astype(int)], search=search)
         return min(length, 1)  # only the first token emitted is looked at
 
     def draws(stream: Stream) -> torch.Tensor:
@@ -104,3 +108,25 @@ def test_appendix_a(search: Search, expected: float) -> None:
         for token, verdict in zip(drafted.tolist(), verdicts, strict=True)
     ]
     assert emitted.count(0) / len(emitted) == pytest.approx(expected, abs=0.01)
+
+
+@given(confidences, st.lists(st.floats(0.0, 5.0), min_size=40, max_size=40))
+def test_a_global_search_finds_the_best_of_all_counts(
+    rows: list[list[float]], steps: list[float]
+) -> None:
+    a = survivals(rows)
+    times = 10.0 + np.cumsum(steps)  # as jagged as may be
+
+    def step_ms(tokens: np.ndarray) -> np.ndarray:
+        return times[tokens.astype(int) - 1]
+
+    def throughput(lengths: list[int]) -> float:
+        expected = len(a) + sum(float(row[:n].sum()) for n, row in zip(lengths, a, strict=True))
+        return expected / float(times[len(a) + sum(lengths) - 1])
+
+    found = throughput(plan_lengths(a, step_ms, search="global"))
+    assert found >= throughput(plan_lengths(a, step_ms, search="causal")) - 1e-9
+    most = sum(len(row) for row in a)
+    for ceiling in range(1, most + 1):
+        free = plan_lengths(a, lambda tokens: np.ones(len(tokens)), max_draft_tokens=ceiling)
+        assert found >= throughput(free) - 1e-6

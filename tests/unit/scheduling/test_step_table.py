@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +31,13 @@ def test_between_points_it_interpolates_and_beyond_it_goes_on() -> None:
 @given(st.integers(1, 64), st.integers(1, 512))
 def test_more_tokens_never_take_less_time(requests: int, tokens: int) -> None:
     assert TABLE.ms(requests, tokens + 1) >= TABLE.ms(requests, tokens)
+
+
+@given(st.integers(1, 64), st.lists(st.integers(0, 512), min_size=1, max_size=20))
+def test_many_times_are_those_of_one(requests: int, extra: list[int]) -> None:
+    tokens = requests + np.array(extra, dtype=np.float64)
+    alone = [TABLE.ms(requests, float(each)) for each in tokens]
+    assert TABLE.times_ms(requests, tokens) == pytest.approx(alone)
 
 
 @given(
