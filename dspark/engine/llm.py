@@ -8,8 +8,13 @@ from typing import Any
 from uuid import uuid4
 
 from dspark.config import DraftConfig, EngineConfig, ModelConfig
-from dspark.engine.assembly import load_draft_engine, load_target, make_verifier
-from dspark.engine.draft_link import LocalDraftLink
+from dspark.engine.assembly import (
+    LoadedTarget,
+    load_draft_engine,
+    load_target,
+    make_verifier,
+)
+from dspark.engine.draft_link import DraftLink, LocalDraftLink
 from dspark.engine.verifier import VerifierEngine
 from dspark.models.tokenizer import load_tokenizer
 from dspark.types import FinishReason, Request, SamplingParams, VerificationResult
@@ -63,13 +68,17 @@ class LLM:
         dtype: str = "bfloat16",
         device: str = "cpu",
         engine: EngineConfig | None = None,
+        make_link: Callable[[LoadedTarget], DraftLink] | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
+        """Loads the target, and its drafter unless `make_link` leads to one elsewhere."""
         model = ModelConfig(target=target, drafter=drafter, dtype=dtype, device=device)
         self.tokenizer: Any = load_tokenizer(target)
         self._loaded = load_target(model)
-        self._link = None
-        if self._loaded.projection is not None:
+        self._link: DraftLink | None = None
+        if self._loaded.projection is not None and make_link is not None:
+            self._link = make_link(self._loaded)
+        elif self._loaded.projection is not None:
             self._link = LocalDraftLink(
                 load_draft_engine(model, DraftConfig(), self._loaded.target)
             )

@@ -135,6 +135,7 @@ class _Users:
 
     def work(self, seconds: float) -> _Turn:
         """Serve for about so long."""
+        self._step()  # what the arm before has asked for is not this one's
         results: list[VerificationResult] = []
         drafted_s, stepped_ms = self._verifier.drafting_s, 0.0
         started = time.perf_counter()
