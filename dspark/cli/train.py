@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 
 import typer
 
 from dspark.cli.console import err, progress_bar, reported_errors
 from dspark.errors import ConfigError
+
+
+class Head(StrEnum):
+    """As the checkpoints call them."""
+
+    VANILLA = "vanilla"
+    GATED = "gated"
+    RNN = "rnn"
+    NONE = "none"
 
 
 def train(
@@ -19,7 +29,11 @@ def train(
     layers: int = typer.Option(2, min=1, help="Drafter layers."),
     intermediate: int = typer.Option(0, help="Width of their MLP; 0: the target's."),
     kv_heads: int = typer.Option(0, help="KV heads of the drafter; 0: as many as query heads."),
-    markov_rank: int = typer.Option(128, min=1, help="Rank of the Markov head."),
+    head: Head = typer.Option(Head.VANILLA, help="Sequential head; none: a DFlash drafter."),
+    markov_rank: int = typer.Option(128, min=1, help="Rank of the sequential head."),
+    fill_in: bool = typer.Option(
+        False, "--fill-in", help="γ masks after the anchor, whose own row predicts nothing."
+    ),
     draft_vocab: int = typer.Option(8192, min=1, help="Most frequent tokens that can be drafted."),
     context_window: int = typer.Option(64, min=0, help="Context rows a block sees; 0: all."),
     target_layers: str = typer.Option("", help="Layers to tap, such as 8,18,28; default: spread."),
@@ -62,7 +76,9 @@ def train(
             layers=layers,
             intermediate=intermediate,
             kv_heads=kv_heads,
-            markov_rank=markov_rank,
+            head="vanilla" if head is Head.NONE else head.value,
+            markov_rank=0 if head is Head.NONE else markov_rank,
+            sample_from_anchor=not fill_in,
             draft_vocab=draft_vocab,
             context_window=context_window,
             target_layers=target_layers,

@@ -83,7 +83,7 @@ class DraftEngine:
         """`drafter` is frozen and has the type and device that it runs in."""
         self.config = drafter.config
         self._dtype, self._device = drafter.norm.weight.dtype, drafter.norm.weight.device
-        self._forward = draft_forward(drafter)
+        self._drafter, self._forward = drafter, draft_forward(drafter)
         self._pool = PagePool(num_pages)
         self._kv = PagedKVCache(num_pages, self._device)
         self._sessions: OrderedDict[str, _Session] = OrderedDict()  # least recently used first
@@ -171,7 +171,8 @@ class DraftEngine:
             session = _Session(fence.epoch, np.zeros(0, dtype=np.int32), 0, 0)
             self._sessions[fence.session] = session
         self._sessions.move_to_end(fence.session)
-        if not self._hold(session, fence.session, max(begin, seen_from), length + work.block_size):
+        block = self.config.rows(work.block_size) if work.block_size else 0
+        if not self._hold(session, fence.session, max(begin, seen_from), length + block):
             self.free(fence.session)
             return 0
         first = max(start, seen_from)
@@ -232,20 +233,20 @@ class DraftEngine:
 
     def _draft(self, works: list[DraftWork], size: int) -> _Draft:
         sessions = [self._sessions[work.fence.session] for work in works]
-        window = self.config.context_window
+        window, rows = self.config.context_window, self.config.rows(size)
         plan = plan_attention(
             [session.pages for session in sessions],
             [session.length for session in sessions],
-            [size] * len(works),
+            [rows] * len(works),
             self._device,
             block=True,
-            window=window + size if window else None,
+            window=window + rows if window else None,
         )
         anchors = torch.tensor([w.anchor_token_id for w in works])
-        tokens = anchors.new_full((len(works), size), self.config.mask_token_id)
-        tokens[:, 0] = anchors
+        tokens = self._drafter.block_tokens(anchors, size)
         tokens, anchors = plan.move(tokens.flatten(), anchors)
-        hidden = self._forward.hidden(tokens, plan, self._kv).view(len(works), size, -1)
+        hidden = self._forward.hidden(tokens, plan, self._kv).view(len(works), rows, -1)
+        hidden = self._drafter.predicting(hidden).contiguous()
         rules = DrawRules.of([w.fence for w in works], [w.sampling for w in works], size)
         drawn = self._forward.draw(hidden, anchors, rules, CANDIDATES)
         return _Draft(works, rules.kinds.tolist(), drawn)

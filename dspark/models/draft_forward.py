@@ -6,7 +6,7 @@ the slots that their positions have, and the features of what was committed over
 
 Two ways with one contract: the family's own modules (any device and type), and the C++ operators.
 
-Symbols as in dspark.models.drafter; N rows of context, T = S·γ rows of blocks.
+Symbols as in dspark.models.drafter; N rows of context, T rows of blocks.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dspark.models.drafter import DSparkDrafter
 from dspark.models.fused import FusedLayers
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
+from dspark.models.sequential_head import MarkovHead
 from dspark.models.target import ATTENTION_NAME, register_attention
 
 
@@ -54,7 +55,7 @@ class DraftForward(Protocol):
         rules: DrawRules,  # on the host
         candidates: int,  # K
     ) -> DrawnBlocks:
-        """Left to right: Markov bias, draw, confidence."""
+        """Left to right: bias, confidence, draw."""
 
 
 def draft_forward(drafter: DSparkDrafter) -> DraftForward:
@@ -114,12 +115,13 @@ class ModuleDraftForward:
         base = self._head(hidden)
         present = rules.present()
         rules = DrawRules(*to_device(rules.tensors, hidden.device))
-        previous = anchors
+        previous, state = anchors, head.first_state(len(anchors))
         tokens, scores, ids, probs = [], [], [], []
         for k in range(base.shape[1]):
             embedded = head.embed(previous)
-            scores.append(self._drafter.confidence_head(hidden[:, k], embedded))
-            logits = base[:, k] + head.bias(embedded)
+            code, state = head.step(embedded, hidden[:, k], state)
+            logits = base[:, k] + head.bias(code)
+            scores.append(self._drafter.confidence_logits(hidden[:, k], embedded, logits))
             previous, law_ids, law_probs = draw(logits, vocabulary, rules, present, k, candidates)
             tokens.append(previous)
             ids.append(law_ids)
@@ -142,6 +144,8 @@ class FusedDraftForward:
         self._layers = FusedLayers(config, drafter.layers, drafter.rotary_emb)
         self._context = [_ContextProjection(layer.self_attn) for layer in drafter.layers]
         self._head = PackedLinear.of(drafter.head_weight.to(self._norm.dtype), torch.float32)
+        assert drafter.confidence_head is not None
+        assert isinstance(drafter.markov_head, MarkovHead)
         confidence = drafter.confidence_head.proj
         self._block_head = operators.BlockHead(
             w1=drafter.markov_head.markov_w1.weight.contiguous(),
@@ -154,10 +158,14 @@ class FusedDraftForward:
     @staticmethod
     def fits(drafter: DSparkDrafter) -> bool:
         """Whether the operators compute what this drafter's modules do."""
-        weight = drafter.norm.weight
+        config, weight = drafter.config, drafter.norm.weight
         return (
             can_pack(weight.dtype, weight.device)
-            and drafter.config.markov_rank % operators.LANES == 0
+            and config.markov_head_type == "vanilla"
+            and config.markov_rank > 0
+            and config.markov_rank % operators.LANES == 0
+            and config.enable_confidence_head
+            and config.confidence_head_with_markov
             and FusedLayers.fits(
                 drafter.layers[0].self_attn.config,
                 drafter.layers,

@@ -4,8 +4,11 @@
     K = [W_K H_ctx ; W_K H_d],  V likewise               in every layer; bidirectional in the block
     [h_1 … h_γ] = backbone([anchor, mask × (γ-1)])       row k predicts draft token k
     U_k = LMhead(h_k)                                    the target's, on the draft vocabulary
-    p_k ∝ exp(U_k + W1[x_{k-1}] W2)                      Markov head, left to right
+    p_k ∝ exp(U_k + B_k)                                 B: dspark.models.sequential_head
     c_k = σ(w · [h_k ; W1[x_{k-1}]])                     P(x_k accepted | x_<k accepted)
+
+Where `sample_from_anchor` is false, the anchor's own row predicts nothing: the block is
+[anchor, mask × γ] and its masks are filled in, as DFlash and speculators' checkpoints do.
 
 The layers are the target family's own, taken from transformers by configuration. The context comes
 in through the layer's cache argument: what attention sees as past keys are the projected features.
@@ -25,6 +28,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from dspark.errors import CheckpointError
+from dspark.models.sequential_head import ConfidenceHead, check_head, sequential_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +44,19 @@ class DrafterConfig:
     draft_vocab_size: int  # V_d
     context_window: int  # a block sees this many context rows before its anchor; 0: all
     backbone: dict[str, Any] = field(hash=False)  # transformers configuration of the layers
+    markov_head_type: str = "vanilla"
+    enable_confidence_head: bool = True
+    confidence_head_with_markov: bool = True  # whether it sees W1[x_{k-1}]
+    sample_from_anchor: bool = True  # whether the anchor's row predicts the first draft token
 
     @property
     def hidden_size(self) -> int:
         """d, the width of features and backbone."""
         return int(self.backbone["hidden_size"])
+
+    def rows(self, block_size: int) -> int:
+        """Rows that a block of so many draft tokens takes."""
+        return block_size + (not self.sample_from_anchor)
 
     def __post_init__(self) -> None:
         missing = {"model_type", "hidden_size"} - self.backbone.keys()
@@ -52,6 +64,15 @@ class DrafterConfig:
             raise CheckpointError(f"the drafter's backbone does not say its {sorted(missing)}")
         if self.block_size < 1:
             raise CheckpointError(f"block_size must be at least 1; got {self.block_size}")
+        check_head(self.markov_head_type, self.markov_rank)
+        if (
+            self.enable_confidence_head
+            and self.confidence_head_with_markov
+            and not self.markov_rank
+        ):
+            raise CheckpointError(
+                "confidence_head_with_markov needs a Markov head; markov_rank is 0"
+            )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise CheckpointError(
                 f"mask_token_id {self.mask_token_id} lies outside the vocabulary of "
@@ -62,47 +83,6 @@ class DrafterConfig:
                 f"draft_vocab_size must be between 1 and {self.vocab_size}; got "
                 f"{self.draft_vocab_size}"
             )
-
-
-class MarkovHead(nn.Module):
-    """Logit bias that depends on the previous token: W1[x] W2."""
-
-    def __init__(self, vocab_size: int, draft_vocab_size: int, rank: int) -> None:
-        super().__init__()
-        self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, draft_vocab_size, bias=False)
-        # W1 at unit scale and W2 at nothing: no bias to begin with, but a gradient for W2 at once.
-        # Two small factors would leave both without one.
-        nn.init.normal_(self.markov_w1.weight, std=1.0)
-        nn.init.zeros_(self.markov_w2.weight)
-
-    def embed(self, previous: torch.Tensor) -> torch.Tensor:  # [...] -> [..., r]
-        """W1[x]."""
-        out: torch.Tensor = self.markov_w1(previous)
-        return out
-
-    def bias(self, embedded: torch.Tensor) -> torch.Tensor:  # [..., r] -> [..., V_d]
-        """W1[x] W2, from W1[x]."""
-        out: torch.Tensor = self.markov_w2(embedded)
-        return out
-
-
-class ConfidenceHead(nn.Module):
-    """Logit of the chance that a draft token is accepted."""
-
-    def __init__(self, hidden_size: int, rank: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(hidden_size + rank, 1)
-
-    def forward(
-        self,
-        hidden: torch.Tensor,  # [..., d]
-        embedded: torch.Tensor,  # [..., r]
-    ) -> torch.Tensor:  # [...]
-        """w · [h_k ; W1[x_{k-1}]] + b."""
-        # F.linear keeps this one row out of packing, where the kernels want more than one output
-        out = F.linear(torch.cat([hidden, embedded], dim=-1), self.proj.weight, self.proj.bias)
-        return out[..., 0]
 
 
 class ContextKV(Protocol):
@@ -167,10 +147,17 @@ class DSparkDrafter(nn.Module):
         taps = len(config.target_layer_ids) * config.target_hidden_size
         self.fc = nn.Linear(taps, config.hidden_size, bias=False)
         self.hidden_norm = type(backbone.norm)(config.hidden_size)
-        self.markov_head = MarkovHead(
-            config.vocab_size, config.draft_vocab_size, config.markov_rank
+        self.markov_head = sequential_head(
+            config.markov_head_type,
+            config.markov_rank,
+            vocab_size=config.vocab_size,
+            draft_vocab_size=config.draft_vocab_size,
+            hidden_size=config.hidden_size,
         )
-        self.confidence_head = ConfidenceHead(config.hidden_size, config.markov_rank)
+        self.confidence_head: ConfidenceHead | None = None
+        if config.enable_confidence_head:
+            rank = config.markov_rank if config.confidence_head_with_markov else 0
+            self.confidence_head = ConfidenceHead(config.hidden_size, rank)
         # Buffers that are not saved: they are the target's.
         self.register_buffer("embed_weight", embed_weight.detach(), persistent=False)
         self.register_buffer(
@@ -235,10 +222,31 @@ class DSparkDrafter(nn.Module):
             layer.self_attn.config._attn_implementation = name
 
     def block_tokens(self, anchors: torch.Tensor, block_size: int) -> torch.Tensor:
-        """[S] anchors to [S, γ]: the anchor, then masks."""
-        block = anchors.new_full((*anchors.shape, block_size), self.config.mask_token_id)
+        """[S] anchors to [S, rows]: the anchor, then masks."""
+        rows = self.config.rows(block_size)
+        block = anchors.new_full((*anchors.shape, rows), self.config.mask_token_id)
         block[..., 0] = anchors
         return block
+
+    def predicting(self, hidden: torch.Tensor) -> torch.Tensor:  # [S, rows, d] -> [S, γ, d]
+        """The rows that predict a draft token."""
+        return hidden if self.config.sample_from_anchor else hidden[:, 1:]
+
+    def confidence_logits(
+        self,
+        hidden: torch.Tensor,  # [..., d]
+        embedded: torch.Tensor,  # [..., r]
+        logits: torch.Tensor,  # [..., V_d] of the proposal
+    ) -> torch.Tensor:  # [...]
+        """Of the chance that the token to be drawn is accepted.
+
+        Without a confidence head, that of the likeliest token: a first guess for calibration, and
+        like the head's it does not depend on which token is drawn.
+        """
+        if self.confidence_head is not None:
+            out: torch.Tensor = self.confidence_head(hidden, embedded)
+            return out
+        return torch.logit(logits.detach().float().softmax(dim=-1).amax(dim=-1), eps=1e-6)
 
     def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [..., d] -> [..., V_d]
         """U: the target's LM head on the draft vocabulary."""

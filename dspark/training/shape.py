@@ -31,7 +31,9 @@ def drafter_config(
     layers: int,
     intermediate: int,
     kv_heads: int,
+    head: str,
     markov_rank: int,
+    sample_from_anchor: bool,
     draft_vocab: int,
     context_window: int,
     target_layers: str,
@@ -56,6 +58,9 @@ def drafter_config(
         draft_vocab_size=min(draft_vocab, config.vocab_size),
         context_window=context_window,
         backbone=backbone,
+        markov_head_type=head,
+        confidence_head_with_markov=markov_rank > 0,
+        sample_from_anchor=sample_from_anchor,
     )
 
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from dspark.models.drafter import DSparkDrafter
+from dspark.models.sequential_head import MarkovHead
 from dspark.models.target import TargetModel
 from dspark.training.bigrams import bigram_factors
 from dspark.training.capture import capture
@@ -43,11 +44,11 @@ def start(
     """Set the weights that need not be learnt."""
     config = drafter.config
     drafter.norm.weight.copy_(_FIRST_NORM * target.final_norm_weight)
-    w1, w2 = bigram_factors(
-        conversations, drafter.draft_token_ids, config.vocab_size, config.markov_rank
-    )
-    drafter.markov_head.markov_w1.weight.copy_(w1)
-    drafter.markov_head.markov_w2.weight.copy_(w2)
+    if isinstance(drafter.markov_head, MarkovHead):
+        factors = bigram_factors(
+            conversations, drafter.draft_token_ids, config.vocab_size, config.markov_rank
+        )
+        drafter.markov_head.start_from(*factors)
     captured = capture(target, conversations[:_SAMPLE], drafter.draft_token_ids, max_tokens)
     taps = captured.taps.to(drafter.fc.weight.dtype)
     _recency_heads(drafter, drafter.feature_projection(taps).float())

@@ -1,6 +1,6 @@
 """The drafter's forward on many anchors at once, given the true tokens.
 
-Every anchor brings a block of γ rows that sees the context before its anchor and its own block,
+Every anchor brings a block that sees the context before its anchor and its own block,
 nothing else: as one session does when serving. The keys and values of the context are computed once
 for all conversations, and gathered for each anchor.
 
@@ -45,22 +45,27 @@ def force(
 ) -> ForcedBlocks:
     """Teacher-forced blocks at `anchors`."""
     size, device = drafter.config.block_size, captured.tokens.device
+    rows = drafter.config.rows(size)
     offset = torch.arange(size, device=device)
-    where = anchors[:, None] + offset  # [A, γ] each row's place; it predicts the next token
+    where = anchors[:, None] + offset  # [A, γ] the place before each draft token's
     hidden = drafter.hidden(
         drafter.block_tokens(captured.tokens[anchors], size),
-        captured.positions[anchors][:, None] + offset,
-        *_seen_from(drafter, captured, anchors),
-    ).flatten(0, 1)
-    # Row k of a block predicts the token at anchor+k+1 and is biased by the one at anchor+k.
+        captured.positions[anchors][:, None] + torch.arange(rows, device=device),
+        *_seen_from(drafter, captured, anchors, rows),
+    )
+    hidden = drafter.predicting(hidden)
+    # Draft token k stands at anchor+k+1 and is biased by the one at anchor+k.
     inside = where.clamp(max=len(captured.tokens) - 1).flatten()
-    embedded = drafter.markov_head.embed(captured.tokens[inside])
+    head = drafter.markov_head
+    embedded = head.embed(captured.tokens[inside].view_as(where))
+    logits = drafter.base_logits(hidden) + head.bias(head.codes(embedded, hidden))
+    confidence_logits = drafter.confidence_logits(hidden, embedded, logits)
     own = captured.conversations[inside].view_as(where) == captured.conversations[anchors][:, None]
     law_rows = captured.law_rows[inside]
     at = law_rows.clamp(min=0)
     return ForcedBlocks(
-        logits=drafter.base_logits(hidden) + drafter.markov_head.bias(embedded),
-        confidence_logits=drafter.confidence_head(hidden, embedded),
+        logits=logits.flatten(0, 1),
+        confidence_logits=confidence_logits.flatten(),
         valid=own.flatten() & (law_rows >= 0) & (inside == where.flatten()),
         law=TargetLaw(captured.law.probs[at], captured.law.outside[at]),
         choices=captured.choices[at],
@@ -69,24 +74,23 @@ def force(
 
 
 def _seen_from(
-    drafter: DSparkDrafter, captured: Captured, anchors: torch.Tensor
+    drafter: DSparkDrafter, captured: Captured, anchors: torch.Tensor, rows: int
 ) -> tuple[_Context, torch.Tensor]:
-    """Context keys and values [A, G, W, D] of every layer, and the mask [A, 1, γ, W + γ]."""
+    """Context keys and values [A, G, W, D] of every layer, and the mask [A, 1, rows, W + rows]."""
     before = captured.positions[anchors]  # [A] rows of context that there are
     width = int(before.max())
     if drafter.config.context_window:
         width = min(width, drafter.config.context_window)
     back = torch.arange(width, 0, -1, device=anchors.device)
     missing = back > before[:, None]  # [A, W]
-    rows = (anchors[:, None] - back).clamp(min=0)
+    seen = (anchors[:, None] - back).clamp(min=0)
     features = drafter.feature_projection(captured.taps)
     layers = [
-        (_gather(keys, rows), _gather(values, rows))
+        (_gather(keys, seen), _gather(values, seen))
         for keys, values in drafter.context_kv(features, captured.positions)
     ]
-    size = drafter.config.block_size
     mask = torch.zeros(
-        len(anchors), 1, size, width + size, dtype=layers[0][0].dtype, device=anchors.device
+        len(anchors), 1, rows, width + rows, dtype=layers[0][0].dtype, device=anchors.device
     )
     mask[..., :width].masked_fill_(missing[:, None, None], float("-inf"))
     return _Context(layers), mask

@@ -170,8 +170,10 @@ class Trainer:
             ce_weight=config.ce_weight,
             tv_weight=config.tv_weight,
         )
-        confidence = confidence_loss(blocks.confidence_logits, tv, weight)
-        total = loss + config.confidence_weight * confidence
+        total = loss
+        if self.drafter.confidence_head is not None:
+            confidence = confidence_loss(blocks.confidence_logits, tv, weight)
+            total = loss + config.confidence_weight * confidence
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)

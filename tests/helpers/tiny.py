@@ -72,6 +72,9 @@ def tiny_drafter(
     draft_vocab: int = 0,
     window: int = 0,
     rank: int = 8,
+    head: str = "vanilla",
+    confidence: bool = True,
+    from_anchor: bool = True,
     **shape: Any,
 ) -> DSparkDrafter:
     """A random drafter for a tiny target."""
@@ -87,6 +90,10 @@ def tiny_drafter(
         vocab_size=target.vocab_size,
         draft_vocab_size=size,
         context_window=window,
+        markov_head_type=head,
+        enable_confidence_head=confidence,
+        confidence_head_with_markov=confidence and rank > 0,
+        sample_from_anchor=from_anchor,
         backbone={
             "model_type": target.config.model_type,
             "num_hidden_layers": 2,

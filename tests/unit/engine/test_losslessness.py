@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,12 +75,22 @@ def test_greedy_equals_transformers_generate(family: str) -> None:
         assert tally.tokens[request.id] == want[request.id][len(request.prompt_token_ids) :]
 
 
-@pytest.mark.parametrize("window", [0, 5])
-def test_greedy_equals_plain_with_a_real_drafter(window: int) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"window": 5},
+        {"head": "gated"},
+        {"head": "rnn", "from_anchor": False},
+        {"rank": 0, "confidence": False, "from_anchor": False},
+    ],
+    ids=str,
+)
+def test_greedy_equals_plain_with_a_real_drafter(kind: dict[str, Any]) -> None:
     requests = greedy_requests(100)
     target = tiny_target()
     plain = run(tiny_engine(target), requests)
-    tally = run(tiny_engine(target, tiny_drafter(target, window=window)), requests)
+    tally = run(tiny_engine(target, tiny_drafter(target, **kind)), requests)
     conclusive(tally)
     assert tally.tokens == plain.tokens
 

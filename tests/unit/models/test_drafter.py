@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,31 @@ def test_training_and_service_agree(family: str, window: int, anchor: int) -> No
     """Teacher-force the block that the service drew: every greedy choice must come out again."""
     target = tiny_target(family)
     drafter = tiny_drafter(target, draft_vocab=24, window=window)
+    tokens, confidences = served_block(drafter, captured(target, drafter, TOKENS), anchor)
+    drawn = (*TOKENS[: anchor + 1], *tokens, 0)
+    with torch.no_grad():
+        blocks = force(drafter, captured(target, drafter, drawn), torch.tensor([anchor]))
+    assert drafter.draft_token_ids[blocks.logits.argmax(-1)].tolist() == tokens
+    want = torch.sigmoid(blocks.confidence_logits)
+    torch.testing.assert_close(torch.tensor(confidences), want, atol=1e-5, rtol=1e-4)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "gated": {"head": "gated"},
+    "rnn": {"head": "rnn"},
+    "none": {"rank": 0},
+    "no confidence": {"confidence": False},
+    "fill-in": {"from_anchor": False},
+    "fill-in, rnn, window": {"from_anchor": False, "head": "rnn", "window": 6},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("anchor", [0, 12, 33])
+def test_training_and_service_agree_on_every_kind_of_drafter(kind: str, anchor: int) -> None:
+    """After 12 rows of context, a fill-in block takes one row more than its page has."""
+    target = tiny_target()
+    drafter = tiny_drafter(target, draft_vocab=24, **KINDS[kind])
     tokens, confidences = served_block(drafter, captured(target, drafter, TOKENS), anchor)
     drawn = (*TOKENS[: anchor + 1], *tokens, 0)
     with torch.no_grad():
@@ -187,6 +213,9 @@ def test_a_drafter_of_another_target_is_refused(checkpoint: Path, field: str) ->
         ("dspark", "mask_token_id", 99),
         ("dspark", "draft_vocab_size", 33),
         ("dspark", "markov_rank", None),
+        ("dspark", "markov_rank", -1),
+        ("dspark", "markov_rank", 0),  # but the confidence head wants its embedding
+        ("dspark", "markov_head_type", "marble"),
         ("backbone", "model_type", None),
         ("backbone", "model_type", "no_such_model"),
         ("backbone", "hidden_size", None),
