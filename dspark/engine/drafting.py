@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from dspark.models.draft_forward import draft_forward
 from dspark.models.drafter import DSparkDrafter
 from dspark.models.kv_cache import PagedKVCache
 from dspark.types import BlockProposal, DraftWork, Fence, ResyncRequest, SamplingParams
+
+log = logging.getLogger(__name__)
 
 CANDIDATES = 64  # K: entries of a sparse proposal law
 
@@ -87,6 +90,7 @@ class DraftEngine:
         self._pool = PagePool(num_pages)
         self._kv = PagedKVCache(num_pages, self._device)
         self._sessions: OrderedDict[str, _Session] = OrderedDict()  # least recently used first
+        self._trained_length = drafter.config.trained_length  # not warned about yet; 0: it was
 
     @property
     def sessions(self) -> int:
@@ -172,6 +176,14 @@ class DraftEngine:
             self._sessions[fence.session] = session
         self._sessions.move_to_end(fence.session)
         block = self.config.rows(work.block_size) if work.block_size else 0
+        if 0 < self._trained_length < length + block:
+            log.warning(
+                "a session of %d tokens is past the %d positions that the drafter was trained for "
+                "(max_position_embeddings): less may be accepted from there on",
+                length + block,
+                self._trained_length,
+            )
+            self._trained_length = 0
         if not self._hold(session, fence.session, max(begin, seen_from), length + block):
             self.free(fence.session)
             return 0

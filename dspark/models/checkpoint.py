@@ -1,8 +1,12 @@
-"""Drafter checkpoints: a folder with config.json and model.safetensors, tensor names as published.
+"""Drafter checkpoints: a folder with config.json and model.safetensors, laid out as DeepSpec's.
 
-The folder also holds `draft_token_ids` when the draft vocabulary is reduced. Embedding and LM head
-are the target's and are not stored. Every tensor must be accounted for: a missing, extra or
-misshapen one is an error that names it.
+config.json is the transformers configuration of the drafter's layers and, beside it, the fields of
+DrafterConfig by their published names. `embed_tokens` and `lm_head` are frozen copies of the
+target's: where a checkpoint has them they are used, and where it has not, the target's are. A
+reduced draft vocabulary brings its map as the tensor `draft_token_ids`. Weights may be sharded.
+
+Only safetensors are read. Every tensor must be accounted for: a missing, extra or misshapen one is
+an error that names it.
 """
 
 from __future__ import annotations
@@ -17,32 +21,80 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dspark.errors import CheckpointError
+from dspark.errors import CheckpointError, ConfigError
 from dspark.models.drafter import DrafterConfig, DSparkDrafter, FeatureProjection
 from dspark.models.target import TargetModel
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_MARK = "dspark"
+_INDEX_FILE = WEIGHTS_FILE + ".index.json"
 _MAP = "draft_token_ids"
+_EMBEDDING, _LM_HEAD = "embed_tokens.weight", "lm_head.weight"
+_WHOLE_NUMBERS = (
+    "block_size",
+    "mask_token_id",
+    "markov_rank",
+    "vocab_size",
+    "target_hidden_size",
+    "draft_vocab_size",
+    "context_window",
+)
+_SWITCHES = ("enable_confidence_head", "confidence_head_with_markov", "sample_from_anchor")
+_REQUIRED = (
+    "block_size",
+    "target_layer_ids",
+    "mask_token_id",
+    "markov_rank",
+    "vocab_size",
+    "hidden_size",
+)
+# Of the file or of training, and nothing that the layers are built from.
+_ASIDE = (
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "num_anchors",
+)
+_NUM_ANCHORS = 512  # of training; DeepSpec's own loader insists on the field
 
 
-def save_drafter(drafter: DSparkDrafter, folder: str | Path, dtype: torch.dtype) -> None:
-    """Write a checkpoint; weights first, so that a folder with a config is whole."""
-    folder = Path(folder)
+def save_drafter(
+    drafter: DSparkDrafter, folder: str | Path, dtype: torch.dtype, *, whole: bool = False
+) -> None:
+    """Write a checkpoint; weights first, so that a folder with a config is whole.
+
+    `whole`: with embedding and LM head, for loaders that want them; ConfigError if the draft
+    vocabulary is reduced, which they do not know.
+    """
+    config, folder = drafter.config, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().to(dtype).contiguous() for k, v in drafter.state_dict().items()}
-    tensors[_MAP] = drafter.draft_token_ids.to(torch.int32)
+    tensors = drafter.state_dict()
+    if whole:
+        if config.draft_vocab_size != config.vocab_size:
+            raise ConfigError(
+                f"a drafter of {config.draft_vocab_size} of {config.vocab_size} tokens cannot be "
+                "saved with its LM head: train it on the whole vocabulary"
+            )
+        tensors |= {_EMBEDDING: drafter.embed_weight, _LM_HEAD: drafter.head_weight}
+    tensors = {k: v.detach().to(dtype).contiguous() for k, v in tensors.items()}
+    if config.draft_vocab_size != config.vocab_size:
+        tensors[_MAP] = drafter.draft_token_ids.to(torch.int32)
     partial = folder / (WEIGHTS_FILE + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.chmod(0o644)  # safetensors writes for the owner alone
     partial.replace(folder / WEIGHTS_FILE)
-    settings = asdict(drafter.config)
+    settings = asdict(config)
     backbone = settings.pop("backbone")
-    (folder / CONFIG_FILE).write_text(
-        json.dumps({"architectures": ["DSparkDrafter"], **backbone, _MARK: settings}, indent=2)
-        + "\n"
-    )
+    family = str(backbone["model_type"]).title().replace("_", "")
+    settings = {
+        "architectures": [f"{family}DSparkModel"],
+        **backbone,
+        **settings,
+        "num_anchors": _NUM_ANCHORS,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def read_config(folder: str | Path) -> DrafterConfig:
@@ -52,24 +104,65 @@ def read_config(folder: str | Path) -> DrafterConfig:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no readable drafter configuration at {path}: {error}") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get(_MARK), dict):
-        raise CheckpointError(f"{path} is not a drafter's: it has no {_MARK!r} section")
-    settings: dict[str, Any] = raw.pop(_MARK)
-    raw.pop("architectures", None)
-    settings["target_layer_ids"] = tuple(settings.get("target_layer_ids", ()))
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} must hold an object; it holds a {type(raw).__name__}")
+    missing = [name for name in _REQUIRED if name not in raw]
+    if missing:
+        raise CheckpointError(f"{path} is not a DSpark or DFlash drafter's: it has no {missing}")
     try:
-        return DrafterConfig(**settings, backbone=raw)
-    except TypeError as error:
+        return _drafter_config(raw)
+    except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _drafter_config(raw: dict[str, Any]) -> DrafterConfig:
+    raw = {name: value for name, value in raw.items() if name not in _ASIDE}
+    raw.setdefault("target_hidden_size", raw["hidden_size"])
+    raw.setdefault("draft_vocab_size", raw["vocab_size"])
+    raw.setdefault("context_window", 0)
+    settings: dict[str, Any] = {}
+    for name in _WHOLE_NUMBERS:
+        settings[name] = raw.pop(name)
+        if type(settings[name]) is not int:
+            raise CheckpointError(f"{name} must be a whole number; got {settings[name]!r}")
+    if settings["markov_rank"]:
+        raw.setdefault("markov_head_type", "vanilla")
+    else:
+        raw["markov_head_type"] = "vanilla"  # of no head
+        raw.setdefault("confidence_head_with_markov", False)
+    for name in _SWITCHES:
+        value = raw.pop(name, True)
+        if type(value) is not bool:
+            raise CheckpointError(f"{name} must be true or false; got {value!r}")
+        settings[name] = value
+    layers = raw.pop("target_layer_ids")
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise CheckpointError(f"target_layer_ids must be whole numbers; got {layers!r}")
+    if "sliding_attention" in (raw.get("layer_types") or ()):
+        raise CheckpointError(
+            "layer_types names sliding_attention layers, which are not supported here; all of a "
+            "drafter's layers see the same context, by context_window"
+        )
+    return DrafterConfig(
+        target_layer_ids=tuple(layers),
+        markov_head_type=str(raw.pop("markov_head_type")),
+        backbone=raw,
+        **settings,
+    )
 
 
 def load_drafter(folder: str | Path, target: TargetModel) -> DSparkDrafter:
     """Load a drafter for `target`, in float32 and not yet prepared for inference."""
     config = read_config(folder)
     check_fits(config, target)
-    tensors = _read_tensors(folder)
+    tensors = _read_tensors(Path(folder))
     ids = _draft_token_ids(tensors, config, folder)
-    drafter = DSparkDrafter(config, target.embed_weight, target.lm_head_weight, ids)
+    drafter = DSparkDrafter(
+        config,
+        _frozen(tensors, _EMBEDDING, config, folder, target.embed_weight),
+        _frozen(tensors, _LM_HEAD, config, folder, target.lm_head_weight),
+        ids,
+    )
     _load_exactly(drafter, tensors, folder)
     return drafter
 
@@ -97,15 +190,65 @@ def check_fits(config: DrafterConfig, target: TargetModel) -> None:
                 f"this drafter was made for a target with {name} {drafters}; this target has "
                 f"{targets}"
             )
+    if max(config.target_layer_ids) >= target.config.num_hidden_layers:
+        raise CheckpointError(
+            f"this drafter reads target layers {list(config.target_layer_ids)} (target_layer_ids); "
+            f"this target has {target.config.num_hidden_layers}, counted from 0"
+        )
 
 
-def _read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    path = Path(folder) / WEIGHTS_FILE
+def _weight_files(folder: Path) -> list[Path]:
+    if not (folder / _INDEX_FILE).exists():
+        return [folder / WEIGHTS_FILE]
     try:
-        tensors: dict[str, torch.Tensor] = load_file(path)
-        return tensors
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read drafter weights {path}: {error}") from error
+        names = set(json.loads((folder / _INDEX_FILE).read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"cannot read {folder / _INDEX_FILE}: {error!r}") from error
+    for name in names:
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not name.endswith(".safetensors")
+        ):
+            raise CheckpointError(
+                f"{folder / _INDEX_FILE} names {name!r}, which is no safetensors file beside it"
+            )
+    return [folder / name for name in sorted(names)]
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in _weight_files(folder):
+        if not path.exists():
+            others = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+                p.name for p in folder.glob("*.pt")
+            )
+            found = f"; {others} may run code when loaded, and are not read" if others else ""
+            raise CheckpointError(f"there are no drafter weights at {path}{found}")
+        try:
+            tensors |= load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read drafter weights {path}: {error}") from error
+    return tensors
+
+
+def _frozen(
+    tensors: dict[str, torch.Tensor],
+    name: str,
+    config: DrafterConfig,
+    folder: str | Path,
+    targets: torch.Tensor,  # [V, d]
+) -> torch.Tensor:  # [V, d]
+    """The checkpoint's copy of a target's tensor, or the target's own."""
+    copy = tensors.pop(name, None)
+    if copy is None:
+        return targets
+    if tuple(copy.shape) != (config.vocab_size, config.hidden_size):
+        raise CheckpointError(
+            f"{folder}: {name} has shape {tuple(copy.shape)}, the configuration says "
+            f"{(config.vocab_size, config.hidden_size)}"
+        )
+    return copy.to(targets)
 
 
 def _draft_token_ids(

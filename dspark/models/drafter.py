@@ -54,6 +54,11 @@ class DrafterConfig:
         """d, the width of features and backbone."""
         return int(self.backbone["hidden_size"])
 
+    @property
+    def trained_length(self) -> int:
+        """Positions that the layers' rotary embedding was trained for; 0 if it is not said."""
+        return int(self.backbone.get("max_position_embeddings", 0))
+
     def rows(self, block_size: int) -> int:
         """Rows that a block of so many draft tokens takes."""
         return block_size + (not self.sample_from_anchor)
@@ -64,6 +69,13 @@ class DrafterConfig:
             raise CheckpointError(f"the drafter's backbone does not say its {sorted(missing)}")
         if self.block_size < 1:
             raise CheckpointError(f"block_size must be at least 1; got {self.block_size}")
+        layers = self.target_layer_ids
+        if not layers or min(layers) < 0 or list(layers) != sorted(set(layers)):
+            raise CheckpointError(f"target_layer_ids must rise from 0 or later; got {list(layers)}")
+        if self.context_window < 0:
+            raise CheckpointError(
+                f"context_window must be at least 0 (all); got {self.context_window}"
+            )
         check_head(self.markov_head_type, self.markov_rank)
         if (
             self.enable_confidence_head

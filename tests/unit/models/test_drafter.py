@@ -13,13 +13,14 @@ from helpers.tiny import tiny_drafter, tiny_target
 from safetensors.torch import load_file, save_file
 
 from dspark.engine.drafting import DraftEngine
-from dspark.errors import CheckpointError
+from dspark.errors import CheckpointError, ConfigError
 from dspark.kernels.attention_plan import AttentionPlan
 from dspark.models.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     fingerprint,
     load_drafter,
+    read_config,
     save_drafter,
 )
 from dspark.models.draft_forward import ModuleDraftForward
@@ -196,49 +197,208 @@ def test_every_tensor_is_accounted_for(checkpoint: Path) -> None:
         load_drafter(checkpoint, target)
 
 
-@pytest.mark.parametrize("field", ["vocab_size", "target_hidden_size"])
-def test_a_drafter_of_another_target_is_refused(checkpoint: Path, field: str) -> None:
-    config = json.loads((checkpoint / CONFIG_FILE).read_text())
-    config["dspark"][field] += 8
-    (checkpoint / CONFIG_FILE).write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="was made for a target"):
+def change(folder: Path, **fields: object) -> None:
+    """Fields of its configuration; None takes one away."""
+    config = json.loads((folder / CONFIG_FILE).read_text()) | fields
+    kept = {name: value for name, value in config.items() if value is not None}
+    (folder / CONFIG_FILE).write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"vocab_size": 40}, "vocab_size 40"),
+        ({"target_hidden_size": 40}, "hidden_size 40"),
+        ({"target_layer_ids": [0, 3]}, r"layers \[0, 3\].*has 3"),
+        ({"hidden_size": 48}, "embedding of 32 × 48"),
+    ],
+)
+def test_a_drafter_of_another_target_is_refused(
+    checkpoint: Path, fields: dict[str, object], match: str
+) -> None:
+    change(checkpoint, **fields)
+    with pytest.raises(CheckpointError, match=match):
         load_drafter(checkpoint, tiny_target())
 
 
 @pytest.mark.parametrize(
-    ("section", "field", "value"),
+    ("field", "value"),
     [
-        ("dspark", "surprise", 1),
-        ("dspark", "block_size", 0),
-        ("dspark", "mask_token_id", 99),
-        ("dspark", "draft_vocab_size", 33),
-        ("dspark", "markov_rank", None),
-        ("dspark", "markov_rank", -1),
-        ("dspark", "markov_rank", 0),  # but the confidence head wants its embedding
-        ("dspark", "markov_head_type", "marble"),
-        ("backbone", "model_type", None),
-        ("backbone", "model_type", "no_such_model"),
-        ("backbone", "hidden_size", None),
-        ("backbone", "hidden_size", 48),
+        ("block_size", 0),
+        ("block_size", "4"),
+        ("block_size", None),
+        ("mask_token_id", 99),
+        ("mask_token_id", True),
+        ("draft_vocab_size", 33),
+        ("target_layer_ids", [1, 0]),
+        ("target_layer_ids", [-1, 0]),
+        ("target_layer_ids", []),
+        ("target_layer_ids", "01"),
+        ("markov_rank", None),
+        ("markov_rank", -1),
+        ("markov_rank", 0),  # but the confidence head wants its embedding
+        ("markov_head_type", "marble"),
+        ("context_window", -1),
+        ("sample_from_anchor", "yes"),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("model_type", None),
+        ("model_type", "no_such_model"),
+        ("hidden_size", None),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_by_name(
-    checkpoint: Path, section: str, field: str, value: object
+    checkpoint: Path, field: str, value: object
 ) -> None:
     """None: the field is missing."""
-    config = json.loads((checkpoint / CONFIG_FILE).read_text())
-    part = config["dspark"] if section == "dspark" else config
-    part[field] = value
-    if value is None:
-        del part[field]
-    (checkpoint / CONFIG_FILE).write_text(json.dumps(config))
-    named = "embedding" if field == "hidden_size" and value else str(value or field)
-    with pytest.raises(CheckpointError, match=field if section == "dspark" else named):
+    change(checkpoint, **{field: value})
+    named = str(value) if value == "no_such_model" else field
+    with pytest.raises(CheckpointError, match=named):
         load_drafter(checkpoint, tiny_target())
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"dspark": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"block_size": 3}'])
 def test_a_folder_that_holds_no_drafter_is_refused(checkpoint: Path, content: str) -> None:
     (checkpoint / CONFIG_FILE).write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load_drafter(checkpoint, tiny_target())
+
+
+# As DeepSpec writes it for a Qwen3 target, but for the sizes.
+PUBLISHED: dict[str, object] = {
+    "architectures": ["Qwen3DSparkModel"],
+    "attention_bias": False,
+    "block_size": 4,
+    "confidence_head_with_markov": True,
+    "enable_confidence_head": True,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "layer_types": ["full_attention", "full_attention"],
+    "markov_head_type": "vanilla",
+    "markov_rank": 8,
+    "mask_token_id": 31,
+    "max_position_embeddings": 512,
+    "model_type": "qwen3",
+    "num_anchors": 512,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "num_target_layers": 3,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 50000,
+    "sliding_window": None,
+    "target_layer_ids": [0, 1],
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 32,
+}
+_LAYER = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    *(f"self_attn.{part}_proj" for part in "qkvo"),
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+    *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+)
+PUBLISHED_TENSORS = {
+    *(f"layers.{n}.{name}.weight" for n in range(2) for name in _LAYER),
+    *(f"{name}.weight" for name in ("embed_tokens", "lm_head", "norm", "fc", "hidden_norm")),
+    *(f"markov_head.markov_w{n}.weight" for n in (1, 2)),
+    "confidence_head.proj.weight",
+    "confidence_head.proj.bias",
+}
+
+
+def published(folder: Path, **fields: object) -> DSparkDrafter:
+    """Writes a checkpoint with the published names; returns what its tensors came from."""
+    drafter = tiny_drafter(tiny_target("qwen3"), rope_theta=50000)
+    save_drafter(drafter, folder, torch.float32, whole=True)
+    (folder / CONFIG_FILE).write_text(json.dumps({**PUBLISHED, **fields}))
+    return drafter
+
+
+def test_published_checkpoints_are_read(tmp_path: Path) -> None:
+    drafter, target = published(tmp_path), tiny_target("qwen3")
+    assert load_file(tmp_path / WEIGHTS_FILE).keys() == PUBLISHED_TENSORS
+    loaded = load_drafter(tmp_path, target).for_inference(torch.float32)
+    one = captured(target, drafter, TOKENS)
+    assert served_block(loaded, one, 20) == served_block(drafter, one, 20)
+    assert loaded.rotary_emb.config.rope_parameters["rope_theta"] == 50000
+    save_drafter(loaded, tmp_path / "again", torch.float32, whole=True)
+    first, again = (load_file(f / WEIGHTS_FILE) for f in (tmp_path, tmp_path / "again"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+    assert read_config(tmp_path / "again") == read_config(tmp_path)
+
+
+def test_the_checkpoints_own_embedding_and_head_are_used(tmp_path: Path) -> None:
+    published(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    tensors["embed_tokens.weight"] += 1.0
+    tensors["lm_head.weight"] -= 1.0
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    loaded = load_drafter(tmp_path, tiny_target("qwen3"))
+    assert torch.equal(loaded.embed_weight, tensors["embed_tokens.weight"])
+    assert torch.equal(loaded.head_weight, tensors["lm_head.weight"])
+    save_file(tensors | {"lm_head.weight": torch.zeros(31, 32)}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape \(31, 32\)"):
+        load_drafter(tmp_path, tiny_target("qwen3"))
+
+
+def test_dflash_checkpoints_are_read(tmp_path: Path) -> None:
+    drafter = tiny_drafter(tiny_target("qwen3"), rank=0, confidence=False)
+    save_drafter(drafter, tmp_path, torch.float32, whole=True)
+    without = ("markov_head_type", "confidence_head_with_markov")
+    fields = {name: value for name, value in PUBLISHED.items() if name not in without}
+    fields |= {"markov_rank": 0, "enable_confidence_head": False, "rope_theta": 10000}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(fields))
+    target = tiny_target("qwen3")
+    loaded = load_drafter(tmp_path, target).for_inference(torch.float32)
+    one = captured(target, drafter, TOKENS)
+    assert served_block(loaded, one, 20) == served_block(drafter, one, 20)
+
+
+def test_sharded_weights_are_read(tmp_path: Path) -> None:
+    published(tmp_path)
+    whole = load_file(tmp_path / WEIGHTS_FILE)
+    (tmp_path / WEIGHTS_FILE).unlink()
+    names = sorted(whole)
+    where = {}
+    for n, part in enumerate((names[:9], names[9:]), start=1):
+        file = f"model-0000{n}-of-00002.safetensors"
+        save_file({name: whole[name] for name in part}, tmp_path / file)
+        where |= dict.fromkeys(part, file)
+    index = tmp_path / f"{WEIGHTS_FILE}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    loaded = load_drafter(tmp_path, tiny_target("qwen3"))
+    assert all(torch.equal(loaded.state_dict()[n], whole[n]) for n in loaded.state_dict())
+    for bad in ("../model.safetensors", "/etc/passwd", "model.bin", 3):
+        index.write_text(json.dumps({"weight_map": where | {names[0]: bad}}))
+        with pytest.raises(CheckpointError, match="no safetensors file beside it"):
+            load_drafter(tmp_path, tiny_target("qwen3"))
+
+
+def test_pickles_are_not_opened(tmp_path: Path) -> None:
+    published(tmp_path)
+    (tmp_path / WEIGHTS_FILE).rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*may run code"):
+        load_drafter(tmp_path, tiny_target("qwen3"))
+
+
+def test_a_reduced_vocabulary_is_not_saved_whole(tmp_path: Path) -> None:
+    drafter = tiny_drafter(tiny_target(), draft_vocab=24)
+    with pytest.raises(ConfigError, match="24 of 32 tokens"):
+        save_drafter(drafter, tmp_path, torch.float32, whole=True)
+
+
+def test_a_drafter_past_its_trained_length_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    target = tiny_target()
+    drafter = tiny_drafter(target, max_position_embeddings=30)
+    one = captured(target, drafter, TOKENS)
+    served_block(drafter, one, 20)
+    assert not caplog.records
+    served_block(drafter, one, 33)
+    (record,) = caplog.records
+    assert "37 tokens is past the 30 positions" in record.getMessage()
