@@ -28,9 +28,9 @@ from dspark.scheduling.round_times import RoundTimes, load_of
 from dspark.types import FloatArray
 
 _BLOCKS = 128  # remembered
-_EVERY = 16  # rounds between estimates
-_EXPLORE = 32  # rounds between those that are run to learn of other lengths
-_EXPLORE_NONE = 32  # and between those without drafts, where drafting hardly pays
+_EVERY = 32  # rounds between estimates
+_EXPLORE = 64  # rounds between those that are run to learn of other lengths
+_EXPLORE_NONE = 64  # and between those without drafts, where drafting hardly pays
 _HARDLY = 0.25  # gained; who gains more asks less often whether it does
 _PROBE_ROUNDS = 3  # in a row, so that what only the first of them suffers from does not count
 _PROBE_SHARE = 0.004  # of the time, spent on probing in the long run

@@ -59,6 +59,8 @@ def best_count(
 
 def _descending(survivals: Sequence[FloatArray]) -> tuple[IntArray, DoubleArray]:
     """Whose each draft token is, and its survival, by falling survival."""
+    if len(survivals) == 1:  # sorted as it is
+        return np.zeros(len(survivals[0]), dtype=np.int64), survivals[0].astype(np.float64)
     # Ties go by position, then request: a rule that no token's value enters.
     sizes = [len(a) for a in survivals]
     requests = np.repeat(np.arange(len(sizes)), sizes)

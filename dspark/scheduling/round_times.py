@@ -36,6 +36,7 @@ from dspark.types import DoubleArray
 _MEMORY = 15  # rounds that a median is over
 _SPEED_MEMORY = 5  # steps; a change of speed must be known before the other medians follow it
 _NEAR = 8  # steps within which kinds meet
+_FEW = 16  # counts of tokens, up to which numpy costs more than it saves
 _FIXED_SHARE = 0.5  # of drafting, that a shorter block is not expected to save
 _LEAST = 3  # rounds that make a measurement: one may be an outlier, the first often is
 
@@ -165,9 +166,7 @@ class RoundTimes:
             load.wide_rows.add(step.rows)
         self._compare(step, load)
         self._steps.append(step)
-        slow = self._slow = median(
-            near.ratio / self._factor(near) for near in list(self._steps)[-_SPEED_MEMORY:]
-        )
+        slow = self._slow = median(self._usual_ratios(list(self._steps)[-_SPEED_MEMORY:]))
         beside = load.draft_ms[drafted] if drafted else load.plain_ms
         beside.add((round_ms - step_ms - waited_ms) / slow)
         if drafted and not overlapped:
@@ -202,9 +201,14 @@ class RoundTimes:
         self, requests: int, tokens: DoubleArray, size: int, *, waits: bool = True
     ) -> DoubleArray:
         """Rounds with blocks of `size`, by the target tokens in their step."""
-        corrections = self._correction(requests).line(tokens / max(1, requests))
-        steps_ms = self.table.times_ms(requests, tokens) * corrections * self._slow
-        return steps_ms + self.draft_ms(requests, size, waits=waits)
+        correction, rows = self._correction(requests), tokens / max(1, requests)
+        if len(tokens) <= _FEW:
+            alone = zip(tokens.tolist(), rows.tolist(), strict=True)
+            steps = [self.table.ms(requests, t) * correction.at(r) for t, r in alone]
+            steps_ms: DoubleArray = np.array(steps)
+        else:
+            steps_ms = self.table.times_ms(requests, tokens) * correction.line(rows)
+        return steps_ms * self._slow + self.draft_ms(requests, size, waits=waits)
 
     def overlapped_ms(self, requests: int, tokens: float, size: int, latency_ms: float) -> float:
         """A round with drafting as two halves; blocks come `latency_ms` after they are asked for.
@@ -232,15 +236,16 @@ class RoundTimes:
         if others and 2 * len(others) >= len(here):
             base = median(others)
             load.widening.add(step.ratio / base if step.wide else base / step.ratio)
-        elsewhere = [
-            near.ratio / self._factor(near) for near in self._steps if near.load != step.load
-        ]
+        elsewhere = [near for near in self._steps if near.load != step.load]
         if not load.level or (elsewhere and len(elsewhere) >= len(here)):
-            own = step.ratio * self._correction(step.requests).level / self._factor(step)
-            load.level.add(own / median(elsewhere or (1.0,)))
+            (own,) = self._usual_ratios([step])
+            base = median(self._usual_ratios(elsewhere) or (1.0,))
+            load.level.add(own * self._correction(step.requests).level / base)
 
-    def _factor(self, step: _Step) -> float:
-        return self._correction(step.requests).at(step.rows)
+    def _usual_ratios(self, steps: list[_Step]) -> list[float]:
+        """Measured over usual."""
+        corrections = {step.requests: self._correction(step.requests) for step in steps}
+        return [step.ratio / corrections[step.requests].at(step.rows) for step in steps]
 
     def _correction(self, requests: int) -> _Correction:
         return _Correction(
