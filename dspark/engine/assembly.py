@@ -20,6 +20,7 @@ from dspark.models.checkpoint import fingerprint, load_drafter, read_config
 from dspark.models.drafter import FeatureProjection
 from dspark.models.packed_linear import can_pack, pack_linears
 from dspark.models.target import TargetModel
+from dspark.models.target_ends import StoredEnds, TargetEnds
 
 NO_DRAFTER = "none"
 
@@ -81,9 +82,12 @@ def load_target(model: ModelConfig) -> LoadedTarget:
 
 
 def load_draft_engine(
-    model: ModelConfig, draft: DraftConfig, target: TargetModel | None = None
+    model: ModelConfig, draft: DraftConfig, target: TargetEnds | None = None
 ) -> DraftEngine:
-    """Load a drafter; ConfigError without one. Shares `target`'s weights, or loads them."""
+    """Load a drafter; ConfigError without one.
+
+    Shares the ends of a `target` that is there; otherwise they are read from its files.
+    """
     folder = drafter_folder(model)
     if folder is None:
         raise ConfigError(
@@ -91,7 +95,7 @@ def load_draft_engine(
             "folder as the drafter"
         )
     if target is None:
-        target = TargetModel.load(
+        target = StoredEnds(
             resolve_target(model.target), dtype=getattr(torch, model.dtype), device=model.device
         )
     drafter = load_drafter(folder, target).for_inference(getattr(torch, model.dtype), model.device)

@@ -12,6 +12,7 @@ an error that names it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from dspark.errors import CheckpointError, ConfigError
 from dspark.models.drafter import DrafterConfig, DSparkDrafter, FeatureProjection
-from dspark.models.target import TargetModel
+from dspark.models.target_ends import TargetEnds
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -151,7 +152,7 @@ def _drafter_config(raw: dict[str, Any]) -> DrafterConfig:
     )
 
 
-def load_drafter(folder: str | Path, target: TargetModel) -> DSparkDrafter:
+def load_drafter(folder: str | Path, target: TargetEnds) -> DSparkDrafter:
     """Load a drafter for `target`, in float32 and not yet prepared for inference."""
     config = read_config(folder)
     check_fits(config, target)
@@ -159,15 +160,15 @@ def load_drafter(folder: str | Path, target: TargetModel) -> DSparkDrafter:
     ids = _draft_token_ids(tensors, config, folder)
     drafter = DSparkDrafter(
         config,
-        _frozen(tensors, _EMBEDDING, config, folder, target.embed_weight),
-        _frozen(tensors, _LM_HEAD, config, folder, target.lm_head_weight),
+        _frozen(tensors, _EMBEDDING, config, folder, lambda: target.embed_weight),
+        _frozen(tensors, _LM_HEAD, config, folder, lambda: target.lm_head_weight),
         ids,
     )
     _load_exactly(drafter, tensors, folder)
     return drafter
 
 
-def load_feature_projection(folder: str | Path, target: TargetModel) -> FeatureProjection:
+def load_feature_projection(folder: str | Path, target: TargetEnds) -> FeatureProjection:
     """The verifier's part of a drafter: fc and hidden_norm."""
     return load_drafter(folder, target).feature_projection
 
@@ -179,7 +180,7 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_fits(config: DrafterConfig, target: TargetModel) -> None:
+def check_fits(config: DrafterConfig, target: TargetEnds) -> None:
     """CheckpointError, naming the field, if the drafter was made for another target."""
     for name, drafters, targets in (
         ("vocab_size", config.vocab_size, target.vocab_size),
@@ -190,10 +191,10 @@ def check_fits(config: DrafterConfig, target: TargetModel) -> None:
                 f"this drafter was made for a target with {name} {drafters}; this target has "
                 f"{targets}"
             )
-    if max(config.target_layer_ids) >= target.config.num_hidden_layers:
+    if max(config.target_layer_ids) >= target.num_layers:
         raise CheckpointError(
             f"this drafter reads target layers {list(config.target_layer_ids)} (target_layer_ids); "
-            f"this target has {target.config.num_hidden_layers}, counted from 0"
+            f"this target has {target.num_layers}, counted from 0"
         )
 
 
@@ -237,18 +238,18 @@ def _frozen(
     name: str,
     config: DrafterConfig,
     folder: str | Path,
-    targets: torch.Tensor,  # [V, d]
+    targets: Callable[[], torch.Tensor],  # [V, d]
 ) -> torch.Tensor:  # [V, d]
     """The checkpoint's copy of a target's tensor, or the target's own."""
     copy = tensors.pop(name, None)
     if copy is None:
-        return targets
+        return targets()
     if tuple(copy.shape) != (config.vocab_size, config.hidden_size):
         raise CheckpointError(
             f"{folder}: {name} has shape {tuple(copy.shape)}, the configuration says "
             f"{(config.vocab_size, config.hidden_size)}"
         )
-    return copy.to(targets)
+    return copy
 
 
 def _draft_token_ids(

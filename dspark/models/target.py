@@ -70,6 +70,7 @@ class TargetModel:
         self.device: torch.device = model.device
         self.vocab_size: int = config.vocab_size
         self.hidden_size: int = config.hidden_size
+        self.num_layers: int = config.num_hidden_layers
         self.max_positions: int = config.max_position_embeddings
         # kept from before packing, which replaces the module
         self.embed_weight: torch.Tensor = model.get_input_embeddings().weight

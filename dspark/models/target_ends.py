@@ -1,0 +1,118 @@
+"""What a drafter shares with its target: the token embedding and the LM head.
+
+A draft replica needs nothing else of the target, and its GPU may be too small for the rest, so the
+two tensors are read from the target's files alone, and only when they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.hub import cached_file
+
+from dspark.errors import CheckpointError
+
+_WEIGHTS = "model.safetensors"
+_INDEX = _WEIGHTS + ".index.json"
+
+
+class TargetEnds(Protocol):
+    """A target as far as its drafters are concerned. A TargetModel is one."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Its own width."""
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers can be counted."""
+
+    @property
+    def embed_weight(self) -> torch.Tensor:
+        """[V, d]."""
+
+    @property
+    def lm_head_weight(self) -> torch.Tensor:
+        """[V, d]."""
+
+
+class StoredEnds:
+    """TargetEnds from a local folder or a hub id; CheckpointError if they are not to be found."""
+
+    def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str) -> None:
+        self._path, self._dtype, self._device = str(path), dtype, device
+        try:
+            config = AutoConfig.from_pretrained(path)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot load the target {self._path!r}: {error}") from error
+        text = config.get_text_config()
+        self.vocab_size: int = text.vocab_size
+        self.hidden_size: int = text.hidden_size
+        self.num_layers: int = text.num_hidden_layers
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        self._embedding = _name_of(model, embedding)
+        self._head = _name_of(model, head)
+        self._tied = bool(text.tie_word_embeddings) or head.weight is embedding.weight
+
+    @cached_property
+    def embed_weight(self) -> torch.Tensor:
+        """[V, d]."""
+        return self._read(self._embedding)
+
+    @cached_property
+    def lm_head_weight(self) -> torch.Tensor:
+        """[V, d]; the embedding's, where the target ties them."""
+        return self.embed_weight if self._tied else self._read(self._head)
+
+    def _read(self, name: str) -> torch.Tensor:
+        files = self._files(name)
+        for file in files:
+            try:
+                with safe_open(file, framework="pt", device="cpu") as tensors:
+                    if name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                        tensor: torch.Tensor = tensors.get_tensor(name)
+                        return tensor.to(self._device, self._dtype)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"cannot read {file}: {error}") from error
+        looked = f"looked into {files}" if files else f"there is no {_WEIGHTS} or {_INDEX} with it"
+        raise CheckpointError(f"the target {self._path!r} holds no tensor {name!r}: {looked}")
+
+    def _files(self, name: str) -> list[str]:
+        index = self._file(_INDEX)
+        if index is None:
+            weights = self._file(_WEIGHTS)
+            return [] if weights is None else [weights]
+        try:
+            where: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"cannot read {index}: {error!r}") from error
+        found = self._file(where[name]) if name in where else None
+        return [] if found is None else [found]
+
+    def _file(self, name: str) -> str | None:
+        try:
+            file: str | None = cached_file(
+                self._path,
+                name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        except OSError as error:
+            raise CheckpointError(f"cannot fetch {name} of {self._path!r}: {error}") from error
+        return file
+
+
+def _name_of(model: Any, module: Any) -> str:
+    return next(f"{name}.weight" for name, found in model.named_modules() if found is module)
