@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dspark.errors import CheckpointError, ConfigError
-from dspark.models.drafter import DrafterConfig, DSparkDrafter, FeatureProjection
+from dspark.models.drafter import DrafterConfig, DSparkDrafter
 from dspark.models.target_ends import TargetEnds
 
 CONFIG_FILE = "config.json"
@@ -121,11 +121,11 @@ def _drafter_config(raw: dict[str, Any]) -> DrafterConfig:
     raw.setdefault("target_hidden_size", raw["hidden_size"])
     raw.setdefault("draft_vocab_size", raw["vocab_size"])
     raw.setdefault("context_window", 0)
-    settings: dict[str, Any] = {}
-    for name in _WHOLE_NUMBERS:
-        settings[name] = raw.pop(name)
-        if type(settings[name]) is not int:
-            raise CheckpointError(f"{name} must be a whole number; got {settings[name]!r}")
+    shape = [name for name in ("hidden_size", "max_position_embeddings") if name in raw]
+    for name in (*_WHOLE_NUMBERS, *shape):
+        if type(raw[name]) is not int:
+            raise CheckpointError(f"{name} must be a whole number; got {raw[name]!r}")
+    settings: dict[str, Any] = {name: raw.pop(name) for name in _WHOLE_NUMBERS}
     if settings["markov_rank"]:
         raw.setdefault("markov_head_type", "vanilla")
     else:
@@ -139,7 +139,7 @@ def _drafter_config(raw: dict[str, Any]) -> DrafterConfig:
     layers = raw.pop("target_layer_ids")
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise CheckpointError(f"target_layer_ids must be whole numbers; got {layers!r}")
-    if "sliding_attention" in (raw.get("layer_types") or ()):
+    if "sliding_attention" in str(raw.get("layer_types")):
         raise CheckpointError(
             "layer_types names sliding_attention layers, which are not supported here; all of a "
             "drafter's layers see the same context, by context_window"
@@ -166,11 +166,6 @@ def load_drafter(folder: str | Path, target: TargetEnds) -> DSparkDrafter:
     )
     _load_exactly(drafter, tensors, folder)
     return drafter
-
-
-def load_feature_projection(folder: str | Path, target: TargetEnds) -> FeatureProjection:
-    """The verifier's part of a drafter: fc and hidden_norm."""
-    return load_drafter(folder, target).feature_projection
 
 
 def fingerprint(folder: str | Path) -> str:

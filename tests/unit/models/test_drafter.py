@@ -65,13 +65,8 @@ def served_block(
     return proposals[0].token_ids.tolist(), proposals[0].confidences.tolist()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("window", [0, 6])
-@pytest.mark.parametrize("anchor", [0, 1, 2, 17, 33])
-def test_training_and_service_agree(family: str, window: int, anchor: int) -> None:
+def agree(target: TargetModel, drafter: DSparkDrafter, anchor: int) -> None:
     """Teacher-force the block that the service drew: every greedy choice must come out again."""
-    target = tiny_target(family)
-    drafter = tiny_drafter(target, draft_vocab=24, window=window)
     tokens, confidences = served_block(drafter, captured(target, drafter, TOKENS), anchor)
     drawn = (*TOKENS[: anchor + 1], *tokens, 0)
     with torch.no_grad():
@@ -79,6 +74,14 @@ def test_training_and_service_agree(family: str, window: int, anchor: int) -> No
     assert drafter.draft_token_ids[blocks.logits.argmax(-1)].tolist() == tokens
     want = torch.sigmoid(blocks.confidence_logits)
     torch.testing.assert_close(torch.tensor(confidences), want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("anchor", [0, 1, 2, 17, 33])
+def test_training_and_service_agree(family: str, window: int, anchor: int) -> None:
+    target = tiny_target(family)
+    agree(target, tiny_drafter(target, draft_vocab=24, window=window), anchor)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -96,14 +99,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_training_and_service_agree_on_every_kind_of_drafter(kind: str, anchor: int) -> None:
     """After 12 rows of context, a fill-in block takes one row more than its page has."""
     target = tiny_target()
-    drafter = tiny_drafter(target, draft_vocab=24, **KINDS[kind])
-    tokens, confidences = served_block(drafter, captured(target, drafter, TOKENS), anchor)
-    drawn = (*TOKENS[: anchor + 1], *tokens, 0)
-    with torch.no_grad():
-        blocks = force(drafter, captured(target, drafter, drawn), torch.tensor([anchor]))
-    assert drafter.draft_token_ids[blocks.logits.argmax(-1)].tolist() == tokens
-    want = torch.sigmoid(blocks.confidence_logits)
-    torch.testing.assert_close(torch.tensor(confidences), want, atol=1e-5, rtol=1e-4)
+    agree(target, tiny_drafter(target, draft_vocab=24, **KINDS[kind]), anchor)
 
 
 @pytest.mark.parametrize("window", [0, 6])
@@ -244,6 +240,8 @@ def test_a_drafter_of_another_target_is_refused(
         ("model_type", None),
         ("model_type", "no_such_model"),
         ("hidden_size", None),
+        ("hidden_size", "wide"),
+        ("max_position_embeddings", "far"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_by_name(

@@ -206,9 +206,9 @@ def test_blocks_are_as_long_as_pays() -> None:
     fair = np.array([0.7, 0.05, 0.02, 0.0], dtype=np.float32)
     verifier = Verifier(draft_ms=4.0)
     verifier.rounds(fair, 200)
-    verifier.rounds(fair, 640)
-    assert verifier.sizes[1] > 0.9 * 640
-    assert verifier.sizes[MOST] >= 5, "whole blocks must go on being looked at"
+    verifier.rounds(fair, 1280)
+    assert verifier.sizes[1] > 0.9 * 1280
+    assert verifier.sizes[MOST] >= 10, "whole blocks must go on being looked at"
     verifier.rounds(GOOD, 2000)
     verifier.rounds(GOOD, 640)
     assert verifier.sizes[MOST] > 0.9 * 640, "and be noticed when they become good"
