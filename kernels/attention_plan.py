@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +46,8 @@ class AttentionPlan:
     kv_lens: Sequence[int]  # positions of each sequence, the new rows included
     tables: torch.Tensor  # [S, W] int32: pages of each sequence, in order, padded with 0
     device: torch.device
-    window: int | None = None  # keys that a row sees up to its reach; None: the layer decides
-    derived: dict[str, object] = field(default_factory=dict)  # what one kernel alone needs
+    window: int | None = None  # keys that a row sees up to its reach, whatever the layer; None: all
+    derived: dict[object, object] = field(default_factory=dict)  # what kernels make of it
     _placed: PlacedPlan | None = field(default=None, init=False)
 
     def move(self, *others: torch.Tensor) -> list[torch.Tensor]:
@@ -66,6 +66,10 @@ class AttentionPlan:
             self.move()
         assert self._placed is not None
         return self._placed
+
+    def first_seen(self, window: int | None) -> torch.Tensor | None:  # [T] int64, where placed is
+        """The first position that each row sees in a layer of this window; None: all see all."""
+        return _first_seen(self, window)
 
 
 @dataclass
@@ -86,6 +90,30 @@ class RowPlan:
     def placed(self) -> RowPlan:
         """Where everything is already."""
         return self
+
+    def first_seen(self, window: int | None) -> torch.Tensor | None:  # [T] int64
+        """See AttentionPlan."""
+        return _first_seen(self, window)
+
+
+def _first_seen(plan: AttentionPlan | RowPlan, window: int | None) -> torch.Tensor | None:
+    """Made once a step for each window and shared by all layers.
+
+    A layer's window is counted back from the row itself, the plan's from what the row reaches: in a
+    drafted block, whose rows reach its end, those are different places.
+    """
+    if not plan.window and not window:
+        return None
+    made = plan.derived.get(("first seen", window))
+    if made is None:
+        placed = plan.placed
+        first = torch.zeros_like(placed.positions)
+        if plan.window:
+            first = torch.maximum(first, placed.reach + 1 - plan.window)
+        if window:
+            first = torch.maximum(first, placed.positions + 1 - window)
+        made = plan.derived["first seen", window] = first
+    return cast(torch.Tensor, made)
 
 
 def plan_attention(

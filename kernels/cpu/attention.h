@@ -28,7 +28,7 @@ struct Attention {
   const float* sinks;    // [H] or null
   int64_t H, G;
   float scale, softcap;  // softcap 0: none
-  int64_t window;        // 0: none
+  const int64_t* seen_from;  // [T] the first position that a row sees, or null: all
 };
 
 struct Scratch {
@@ -59,7 +59,7 @@ void attend(const Attention& a, const int32_t* pages, const int64_t* rows, const
   for (int r = 0; r < R; ++r) {
     to_factors(a.query + rows[r] * a.query_stride + heads[r] * D, query[r], D);
     high[r] = a.reach[rows[r]] + 1;
-    low[r] = a.window ? std::max<int64_t>(0, high[r] - a.window) : 0;
+    low[r] = a.seen_from ? a.seen_from[rows[r]] : 0;
     first = std::min(first, low[r]);
     last = std::max(last, high[r]);
   }

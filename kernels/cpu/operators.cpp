@@ -354,9 +354,10 @@ void dspark_write(const bf16* key, const bf16* value, bf16* keys, bf16* values,
 int dspark_attention(const bf16* query, int64_t query_stride, const bf16* keys, const bf16* values,
                      bf16* out, const int64_t* reach, const int64_t* row_starts,
                      const int32_t* tables, int64_t table_width, const float* sinks, int64_t S,
-                     int64_t H, int64_t G, int64_t D, float scale, float softcap, int64_t window) {
+                     int64_t H, int64_t G, int64_t D, float scale, float softcap,
+                     const int64_t* seen_from) {
   const Attention a{query, query_stride, keys, values, out, reach, sinks, H, G, scale, softcap,
-                    window};
+                    seen_from};
   switch (D) {
     case 32: attend_all<32>(a, row_starts, tables, table_width, S); return 0;
     case 64: attend_all<64>(a, row_starts, tables, table_width, S); return 0;
@@ -372,7 +373,7 @@ struct DsparkLayer {
   const bf16 *input_norm, *qkv, *q_norm, *k_norm, *out, *mlp_norm, *gate_up, *down;
   const float *qkv_bias, *out_bias, *gate_up_bias, *down_bias;
   bf16 *keys, *values;
-  int64_t window;
+  const int64_t* seen_from;  // [T] or null
 };
 
 // What all layers of one step share. Scratch: h [T, d], qkv [T, (H+2G)·D], mixed [T, H·D],
@@ -399,7 +400,7 @@ int dspark_layers(const DsparkStep* step, const DsparkLayer* layers, int64_t cou
                         s.T, s.H, s.G, s.D);
     if (dspark_attention(s.qkv, (s.H + 2 * s.G) * s.D, l.keys, l.values, s.mixed, s.reach,
                          s.row_starts, s.tables, s.table_width, nullptr, s.S, s.H, s.G, s.D,
-                         s.scale, 0.0f, l.window))
+                         s.scale, 0.0f, l.seen_from))
       return 1;
     dspark_linear(s.mixed, l.out, l.out_bias, s.delta, 0, s.T, s.d, s.H * s.D);
     dspark_add_rms_norm(s.x, s.delta, l.mlp_norm, s.h, s.T, s.d, s.eps);

@@ -187,7 +187,7 @@ def attention(
     _call(
         "dspark_attention", query, _I(query.shape[1]), keys, values, out, plan.reach,
         plan.row_starts, tables, _I(tables.shape[1]), sinks, _I(len(tables)), _I(heads),
-        _I(kv_heads), _I(width), _F(scale), _F(softcap or 0.0), _I(plan.window or window or 0),
+        _I(kv_heads), _I(width), _F(scale), _F(softcap or 0.0), plan.first_seen(window),
     )  # fmt: skip
     return out
 
@@ -333,8 +333,7 @@ def draw_blocks(
 
 class _LayerStruct(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*LAYER_TENSORS, "keys", "values")),
-        ("window", _I),
+        *((name, ctypes.c_void_p) for name in (*LAYER_TENSORS, "keys", "values", "seen_from")),
     )
 
 
@@ -425,7 +424,7 @@ class DecoderLayers:
         _expect(plan.slots, rows, dtype=torch.int64, multiple=1)
         for i, (keys, values) in zip(range(first, last), pages, strict=True):
             struct = self._structs[i]
-            struct.window = plan.window or self._windows[i] or 0
+            struct.seen_from = _address(plan.first_seen(self._windows[i]))
             held = self._pages[i]
             if held is not None and held[0] is keys and held[1] is values:
                 continue  # the same cache as in the last step

@@ -1,7 +1,7 @@
 """Attention of flattened, variable-length queries over a paged KV cache: the torch reference.
 
 Every sequence s of a step brings Q_s query rows at consecutive positions and attends to its first
-kv_len_s keys, of which a row sees those up to its reach p (and after p - window, where the layer
+kv_len_s keys, of which a row sees those up to its reach (and from its first on, where the layer
 slides). Sequences with few rows are padded into one batch; long ones (prefill chunks) go
 one by one, since padding the others to their length would cost more than the calls.
 
@@ -34,17 +34,21 @@ class _Group:
     reach: torch.Tensor  # [S, Q]
     slots: torch.Tensor  # [S, L] index into the cache; padding is slot 0
     kv_lens: torch.Tensor  # [S]
+    index: torch.Tensor  # [S·Q] like `rows`, but always there
     masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:  # [S, 1, Q, L]
+    def mask(
+        self, plan: AttentionPlan, window: int | None, dtype: torch.dtype
+    ) -> torch.Tensor:  # [S, 1, Q, L]
         """Additive mask, made once a step for each window and shared by all layers."""
         made = self.masks.get((window, dtype))
         if made is None:
             key = torch.arange(self.slots.shape[1], device=self.slots.device)
             seen = key <= self.reach[..., None]
             seen &= key < self.kv_lens[:, None, None]
-            if window is not None:
-                seen &= key > self.reach[..., None] - window
+            first = plan.first_seen(window)
+            if first is not None:
+                seen &= key >= first[self.index].view(*self.reach.shape, 1)
             made = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
             made = made.masked_fill_(~seen, float("-inf"))[:, None]
             self.masks[window, dtype] = made
@@ -92,6 +96,7 @@ def _group(members: list[int], plan: AttentionPlan) -> _Group:
         reach=plan.placed.reach[index].view(len(members), longest),
         slots=slots,
         kv_lens=lens,
+        index=index,
     )
 
 
@@ -120,7 +125,7 @@ def paged_attention(
         # The query heads of one KV head become extra rows, so that its keys are read once.
         q = q.view(batch, rows, kv_heads, fold, -1).permute(0, 2, 3, 1, 4)
         q = q.reshape(batch, kv_heads, fold * rows, -1)
-        mask = group.mask(plan.window or window, query.dtype)
+        mask = group.mask(plan, window, query.dtype)
         mask = mask.expand(batch, fold, rows, length).reshape(batch, 1, fold * rows, length)
         if softcap is None and sinks is None:
             got = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

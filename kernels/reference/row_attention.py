@@ -39,7 +39,7 @@ def row_attention(
     """softmax(scale · q kᵀ) v over each row's visible keys."""
     rows, heads, _ = query.shape
     kv_heads = keys.shape[1]
-    slots, mask = _seen(plan, plan.window or window, query.dtype)
+    slots, mask = _seen(plan, window, query.dtype)
     k = keys.index_select(0, slots).view(rows, -1, kv_heads, keys.shape[2]).transpose(1, 2)
     v = values.index_select(0, slots).view(rows, -1, kv_heads, values.shape[2]).transpose(1, 2)
     q = query.reshape(rows, kv_heads, heads // kv_heads, -1)  # the heads that share keys
@@ -63,8 +63,9 @@ def _seen(
         key = torch.arange(slots.shape[1], device=device)
         reach = plan.reach[:, None]
         seen = key <= reach
-        if window is not None:
-            seen &= key > reach - window
+        first = plan.first_seen(window)
+        if first is not None:
+            seen &= key >= first[:, None]
         mask = torch.zeros(seen.shape, dtype=dtype, device=device)
         mask = mask.masked_fill_(~seen, float("-inf"))[:, None, None]
         made = plan.derived[window, dtype] = ((slots * seen).flatten(), mask)

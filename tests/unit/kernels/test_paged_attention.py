@@ -92,11 +92,14 @@ def test_every_option_makes_a_difference(option: dict[str, Any]) -> None:
     assert (with_it - without).abs().max() > 0.1
 
 
-@given(sequences, st.integers(1, 30))
+@given(sequences, st.integers(1, 30), st.none() | st.integers(1, 30))
 def test_rows_of_a_block_see_each_other_and_a_window_before_it(
-    shapes: list[tuple[int, int]], window: int
+    shapes: list[tuple[int, int]], window: int, sliding: int | None
 ) -> None:
-    """Queries of nothing attend evenly, so that values tell who was seen."""
+    """Queries of nothing attend evenly, so that values tell who was seen.
+
+    The plan's window is the block's, the layer's is each row's own.
+    """
     need = [-(-(before + rows) // PAGE_SIZE) for before, rows in shapes]
     ends = np.cumsum(need) + 1
     pages = [np.arange(end - n, end, dtype=np.int32) for n, end in zip(need, ends, strict=True)]
@@ -109,9 +112,10 @@ def test_rows_of_a_block_see_each_other_and_a_window_before_it(
     for (before, rows), own in zip(shapes, pages, strict=True):
         at = (own[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).flatten()[: before + rows]
         values[at] = torch.arange(before + rows).float()[:, None, None]
-    got = paged_attention(query, keys, values, plan, scale=1.0)
+    got = paged_attention(query, keys, values, plan, scale=1.0, window=sliding)
     want = []
     for before, rows in shapes:
-        low = max(0, before + rows - window - 5)
-        want += [(low + before + rows - 1) / 2] * rows
+        for at in range(before, before + rows):
+            low = max(0, before + rows - window - 5, at + 1 - (sliding or at + 1))
+            want.append((low + before + rows - 1) / 2)
     torch.testing.assert_close(got[:, 0, 0], torch.tensor(want), atol=1e-3, rtol=1e-4)
