@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from dspark.errors import CheckpointError, ConfigError
 from dspark.models.drafter import DrafterConfig, DSparkDrafter
+from dspark.models.families import family
 from dspark.models.target_ends import TargetEnds
 
 CONFIG_FILE = "config.json"
@@ -88,9 +89,9 @@ def save_drafter(
     partial.replace(folder / WEIGHTS_FILE)
     settings = asdict(config)
     backbone = settings.pop("backbone")
-    family = str(backbone["model_type"]).title().replace("_", "")
+    name = family(str(backbone["model_type"])).name
     settings = {
-        "architectures": [f"{family}DSparkModel"],
+        "architectures": [f"{name}DSparkModel"],
         **backbone,
         **settings,
         "num_anchors": _NUM_ANCHORS,
@@ -121,7 +122,9 @@ def _drafter_config(raw: dict[str, Any]) -> DrafterConfig:
     raw.setdefault("target_hidden_size", raw["hidden_size"])
     raw.setdefault("draft_vocab_size", raw["vocab_size"])
     raw.setdefault("context_window", 0)
-    shape = [name for name in ("hidden_size", "max_position_embeddings") if name in raw]
+    shape: list[str] = [name for name in ("hidden_size", "max_position_embeddings") if name in raw]
+    if raw.get("sliding_window") is not None:
+        shape.append("sliding_window")
     for name in (*_WHOLE_NUMBERS, *shape):
         if type(raw[name]) is not int:
             raise CheckpointError(f"{name} must be a whole number; got {raw[name]!r}")
@@ -139,11 +142,6 @@ def _drafter_config(raw: dict[str, Any]) -> DrafterConfig:
     layers = raw.pop("target_layer_ids")
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise CheckpointError(f"target_layer_ids must be whole numbers; got {layers!r}")
-    if "sliding_attention" in str(raw.get("layer_types")):
-        raise CheckpointError(
-            "layer_types names sliding_attention layers, which are not supported here; all of a "
-            "drafter's layers see the same context, by context_window"
-        )
     return DrafterConfig(
         target_layer_ids=tuple(layers),
         markov_head_type=str(raw.pop("markov_head_type")),

@@ -93,16 +93,17 @@ class ModuleDraftForward:
         """See DraftForward."""
         drafter = self._drafter
         drafter.use_attention(ATTENTION_NAME)
-        x = F.embedding(tokens[None], drafter.embed_weight).to(drafter.norm.weight.dtype)
-        embeddings = drafter.rotary_emb(x, plan.placed.positions[None])
-        for layer in drafter.layers:
+        x = drafter.embed(tokens[None])
+        turns = drafter.rotary(x, plan.placed.positions[None])
+        for layer, turn in zip(drafter.layers, turns, strict=True):
             x = layer(
                 x,
                 attention_mask=None,
-                position_embeddings=embeddings,
+                position_embeddings=turn,
                 use_cache=False,
                 dspark_plan=plan,
                 dspark_kv=kv,
+                dspark_windows=drafter.windows,
             )
         out: torch.Tensor = drafter.norm(x)[0]
         return out
@@ -112,7 +113,7 @@ class ModuleDraftForward:
     ) -> DrawnBlocks:
         """See DraftForward."""
         head, vocabulary = self._drafter.markov_head, self._drafter.draft_token_ids
-        base = self._head(hidden)
+        base = self._drafter.cap(self._head(hidden))
         present = rules.present()
         rules = DrawRules(*to_device(rules.tensors, hidden.device))
         previous, state = anchors, head.first_state(len(anchors))
@@ -166,6 +167,7 @@ class FusedDraftForward:
             and config.markov_rank % operators.LANES == 0
             and config.enable_confidence_head
             and config.confidence_head_with_markov
+            and drafter.softcap is None
             and FusedLayers.fits(
                 drafter.layers[0].self_attn.config,
                 drafter.layers,

@@ -3,15 +3,18 @@
     H_ctx = RMSNorm(fc [H^(l1); …; H^(lm)])             context features, from the target's layers
     K = [W_K H_ctx ; W_K H_d],  V likewise               in every layer; bidirectional in the block
     [h_1 … h_γ] = backbone([anchor, mask × (γ-1)])       row k predicts draft token k
-    U_k = LMhead(h_k)                                    the target's, on the draft vocabulary
+    U_k = LMhead(h_k)                                    the target's, on the draft vocabulary, and
+                                                         soft-capped where the target's is
     p_k ∝ exp(U_k + B_k)                                 B: dspark.models.sequential_head
     c_k = σ(w · [h_k ; W1[x_{k-1}]])                     P(x_k accepted | x_<k accepted)
 
 Where `sample_from_anchor` is false, the anchor's own row predicts nothing: the block is
 [anchor, mask × γ] and its masks are filled in, as DFlash and speculators' checkpoints do.
 
-The layers are the target family's own, taken from transformers by configuration. The context comes
-in through the layer's cache argument: what attention sees as past keys are the projected features.
+The layers are the target family's own, taken from transformers by configuration; what differs
+around them is in dspark.models.families. The context comes in through the layer's cache argument:
+what attention sees as past keys are the projected features. A sliding layer sees the positions
+after that of the row less its window, and all of the block.
 
 Shape symbols: S sessions, γ block size, L context rows, d width, m tapped layers, d_t target width,
 V vocabulary, V_d draft vocabulary, r Markov rank, G KV heads, D head width.
@@ -19,6 +22,8 @@ V vocabulary, V_d draft vocabulary, r Markov rank, G KV heads, D head width.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,6 +33,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from dspark.errors import CheckpointError
+from dspark.models import families
 from dspark.models.sequential_head import ConfidenceHead, check_head, sequential_head
 
 
@@ -153,12 +159,17 @@ class DSparkDrafter(nn.Module):
             )
         self.config = config
         backbone = _backbone(config)
+        self._layout = backbone.config
+        family = families.family(self._layout.model_type)
+        self.embed_scale = config.hidden_size**0.5 if family.scaled_embedding else 1.0
+        self.softcap: float | None = getattr(self._layout, "final_logit_softcapping", None)
+        self.windows = _windows(config, self._layout)
         self.layers = backbone.layers
         self.norm = backbone.norm
         self.rotary_emb = backbone.rotary_emb
         taps = len(config.target_layer_ids) * config.target_hidden_size
         self.fc = nn.Linear(taps, config.hidden_size, bias=False)
-        self.hidden_norm = type(backbone.norm)(config.hidden_size)
+        self.hidden_norm = copy.deepcopy(backbone.norm)
         self.markov_head = sequential_head(
             config.markov_head_type,
             config.markov_rank,
@@ -189,39 +200,48 @@ class DSparkDrafter(nn.Module):
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # by layer, [..., G, L, D]
         """Keys and values that context features have in every layer."""
         flat = features.reshape(-1, features.shape[-2], features.shape[-1])
-        cos, sin = self.rotary_emb(flat, positions.reshape(-1, positions.shape[-1]))
+        turns = self.rotary(flat, positions.reshape(-1, positions.shape[-1]))
+        lead = features.shape[:-2]
         out = []
-        for layer in self.layers:
-            attention = layer.self_attn
-            heads = (*flat.shape[:2], -1, attention.head_dim)
-            keys = attention.k_proj(flat).view(heads)
-            if hasattr(attention, "k_norm"):
-                keys = attention.k_norm(keys)
-            keys = _rotate(keys.transpose(1, 2), cos, sin)
-            values = attention.v_proj(flat).view(heads).transpose(1, 2)
-            lead = features.shape[:-2]
+        for layer, turn in zip(self.layers, turns, strict=True):
+            keys, values = families.context_kv(layer.self_attn, flat, *turn)
             out.append(
                 (keys.reshape(*lead, *keys.shape[1:]), values.reshape(*lead, *values.shape[1:]))
             )
         return out
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:  # [...] -> [..., d]
+        """Tokens as the layers take them, in the weights' type."""
+        x = F.embedding(token_ids, self.embed_weight).to(self.norm.weight.dtype)
+        if self.embed_scale == 1.0:
+            return x
+        return x * float(torch.tensor(self.embed_scale, dtype=x.dtype))  # rounded, as targets do
+
+    def rotary(
+        self,
+        x: torch.Tensor,  # [S, L, d] of the type and device that are wanted
+        positions: torch.Tensor,  # [S, L]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # by layer, [S, L, D] each
+        """Cosines and sines of every layer."""
+        return families.rotary_by_layer(self._layout, self.rotary_emb, x, positions)
 
     def hidden(
         self,
         token_ids: torch.Tensor,  # [S, Q] anchors and masks
         positions: torch.Tensor,  # [S, Q]
         context: ContextKV,
-        mask: torch.Tensor,  # [S, 1, Q, L + Q] additive, in the weights' dtype
+        masks: Sequence[torch.Tensor],  # by layer, [S, 1, Q, L + Q] additive, as the weights' dtype
     ) -> torch.Tensor:  # [S, Q, d]
         """Backbone hidden states h, final norm applied."""
-        self.use_attention("sdpa")
-        x = F.embedding(token_ids, self.embed_weight).to(self.norm.weight.dtype)
-        embeddings = self.rotary_emb(x, positions)
+        capped = getattr(self.layers[0].self_attn, "attn_logit_softcapping", None)
+        self.use_attention("eager" if capped else "sdpa")  # torch's own has no cap
+        x = self.embed(token_ids)
         cache = _InjectedContext(context)
-        for layer in self.layers:
+        for layer, mask, turn in zip(self.layers, masks, self.rotary(x, positions), strict=True):
             x = layer(
                 x,
                 attention_mask=mask,
-                position_embeddings=embeddings,
+                position_embeddings=turn,
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -262,7 +282,13 @@ class DSparkDrafter(nn.Module):
 
     def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [..., d] -> [..., V_d]
         """U: the target's LM head on the draft vocabulary."""
-        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+        return self.cap(F.linear(hidden, self.head_weight.to(hidden.dtype)))
+
+    def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """Base logits as the target softens them, if it does; the head's bias comes after."""
+        if self.softcap is None:
+            return logits
+        return self.softcap * torch.tanh(logits / self.softcap)
 
     def for_inference(self, dtype: torch.dtype, device: str = "cpu") -> DSparkDrafter:
         """Freeze and cast, in place; returns itself."""
@@ -270,24 +296,29 @@ class DSparkDrafter(nn.Module):
 
 
 def _backbone(config: DrafterConfig) -> Any:
-    settings = dict(config.backbone)
+    settings = families.own_settings(config.backbone)
     model_type = settings.pop("model_type")
     try:
         # No embedding of its own: one row is the least that transformers makes.
         tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-        hf = AutoConfig.for_model(model_type, **{**settings, **tokens, "vocab_size": 1})
-        return AutoModel.from_config(hf, attn_implementation="sdpa")
+        hf = AutoConfig.for_model(
+            model_type, **{**copy.deepcopy(settings), **tokens, "vocab_size": 1}
+        )
+        families.check_layers(hf, settings)
+        return AutoModel.from_config(hf, attn_implementation="eager")
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"the drafter's backbone of type {model_type!r} cannot be built: {error}"
         ) from error
 
 
-def _rotate(
-    x: torch.Tensor,  # [S, G, L, D]
-    cos: torch.Tensor,  # [S, L, D]
-    sin: torch.Tensor,  # [S, L, D]
-) -> torch.Tensor:
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
+def _windows(config: DrafterConfig, layout: Any) -> tuple[int | None, ...]:
+    """Each layer's window; a block is never wider than one, so that all of it is seen."""
+    windows = tuple(families.layer_window(layout, i) for i in range(layout.num_hidden_layers))
+    rows = config.rows(config.block_size)
+    if any(window is not None and window < rows for window in windows):
+        raise CheckpointError(
+            f"sliding_window must be at least the {rows} rows of a block; got "
+            f"{layout.sliding_window}"
+        )
+    return windows

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from dspark.kernels.attention_plan import AttentionPlan
 from dspark.kernels.cpu import operators
 from dspark.kernels.dispatch import has_cpu_operators
+from dspark.models.families import layer_window
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.packed_linear import can_pack
 
@@ -46,7 +47,7 @@ class FusedLayers:
         self._layers = operators.DecoderLayers(
             self.shape,
             [_tensors(layer) for layer in layers],
-            [_window(config, i) for i in range(self._count)],
+            [layer_window(config, i) for i in range(self._count)],
         )
 
     def __len__(self) -> int:
@@ -161,11 +162,3 @@ def _tensors(layer: Any) -> dict[str, torch.Tensor | None]:
         tensors[name] = operators.pack_linear(torch.cat([part.weight for part in parts]))
         tensors[f"{name}_bias"] = operators.pack_bias(torch.cat(biases)) if biases else None
     return tensors
-
-
-def _window(config: Any, index: int) -> int | None:
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[index] != "sliding_attention":
-        return None
-    window: int | None = getattr(config, "sliding_window", None)
-    return window

@@ -8,6 +8,7 @@ makes transformers skip building masks altogether.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,7 @@ def _attend(
     *,
     dspark_plan: AttentionPlan | RowPlan | None = None,
     dspark_kv: PagedKVCache | None = None,
+    dspark_windows: Sequence[int | None] | None = None,  # by layer; None: the model's own
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -203,7 +205,7 @@ def _attend(
         query[0].transpose(0, 1),
         dspark_plan,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
+        window=sliding_window if dspark_windows is None else dspark_windows[layer],
         softcap=softcap,
         sinks=s_aux,
     )

@@ -20,6 +20,11 @@ _INHERITED = (
     "rope_parameters",
     "max_position_embeddings",
     "hidden_act",
+    "hidden_activation",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention_k_eq_v",
 )
 
 
@@ -44,10 +49,16 @@ def drafter_config(
         config = AutoConfig.from_pretrained(target).get_text_config()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read the configuration of {target!r}: {error}") from error
-    backbone = {key: getattr(config, key) for key in _INHERITED if hasattr(config, key)}
+    # Not by attribute: where a target's layers differ, those of one alone raise errors.
+    settings = config.to_dict()
+    backbone = {key: settings[key] for key in _INHERITED if key in settings}
     backbone["num_hidden_layers"] = layers
     backbone["intermediate_size"] = intermediate or config.intermediate_size
     backbone["num_key_value_heads"] = kv_heads or config.num_attention_heads
+    if settings.get("layer_types"):
+        backbone["layer_types"] = ["full_attention"] * layers  # context_window bounds them all
+    if "attention_k_eq_v" in settings:
+        backbone |= _like_full_layers(config, backbone["num_key_value_heads"])
     return DrafterConfig(
         block_size=block_size,
         target_layer_ids=_taps(target_layers, config.num_hidden_layers),
@@ -62,6 +73,17 @@ def drafter_config(
         confidence_head_with_markov=markov_rank > 0,
         sample_from_anchor=sample_from_anchor,
     )
+
+
+def _like_full_layers(config: Any, kv_heads: int) -> dict[str, Any]:
+    """What a Gemma4 drafter's layers are besides: like the target's full ones, and dense."""
+    full = config.per_layer_config["full_attention"]
+    return {
+        "global_head_dim": full.head_dim,
+        "num_global_key_value_heads": kv_heads,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": False,
+    }
 
 
 def _taps(wanted: str, layers: int) -> tuple[int, ...]:

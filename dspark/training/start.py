@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from dspark.models.drafter import DSparkDrafter
+from dspark.models.families import family
 from dspark.models.sequential_head import MarkovHead
 from dspark.models.target import TargetModel
 from dspark.training.bigrams import bigram_factors
@@ -43,7 +44,8 @@ def start(
 ) -> None:
     """Set the weights that need not be learnt."""
     config = drafter.config
-    drafter.norm.weight.copy_(_FIRST_NORM * target.final_norm_weight)
+    offset = family(config.backbone["model_type"]).norm_offset
+    drafter.norm.weight.copy_(_FIRST_NORM * (target.final_norm_weight + offset) - offset)
     if isinstance(drafter.markov_head, MarkovHead):
         factors = bigram_factors(
             conversations, drafter.draft_token_ids, config.vocab_size, config.markov_rank
@@ -57,14 +59,15 @@ def start(
 def _recency_heads(drafter: DSparkDrafter, features: torch.Tensor) -> None:  # [T, d]
     layer = drafter.layers[0]
     attention = layer.self_attn
+    if attention.v_proj is None:
+        return  # a key that is the same for all context would be its value as well
     tokens = torch.cat(
         [
             drafter.draft_token_ids,
             drafter.draft_token_ids.new_tensor([drafter.config.mask_token_id]),
         ]
     )
-    rows = drafter.embed_weight[tokens].to(drafter.norm.weight.dtype)
-    inputs = layer.input_layernorm(rows).float()
+    inputs = layer.input_layernorm(drafter.embed(tokens)).float()
     # A direction in which every block row looks the same, and one in which every context row does
     # and no block row does.
     query = _direction(inputs, torch.ones(len(inputs), device=inputs.device))
@@ -75,8 +78,8 @@ def _recency_heads(drafter: DSparkDrafter, features: torch.Tensor) -> None:  # [
     width = attention.head_dim
     shape = torch.zeros(width, device=query.device)
     shape[: min(_FAST_FREQUENCIES, width // 2)] = 1.0  # the cosine half of each rotary pair
-    heads = drafter.config.backbone["num_attention_heads"]
-    groups = drafter.config.backbone["num_key_value_heads"]
+    heads = attention.q_proj.out_features // width
+    groups = attention.k_proj.out_features // width
     for head in range(int(_RECENCY_SHARE * heads)):
         group = head * groups // heads
         scale = (_RECENCY_SHARPNESS[group % len(_RECENCY_SHARPNESS)]) ** 0.5

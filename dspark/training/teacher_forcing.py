@@ -75,8 +75,8 @@ def force(
 
 def _seen_from(
     drafter: DSparkDrafter, captured: Captured, anchors: torch.Tensor, rows: int
-) -> tuple[_Context, torch.Tensor]:
-    """Context keys and values [A, G, W, D] of every layer, and the mask [A, 1, rows, W + rows]."""
+) -> tuple[_Context, list[torch.Tensor]]:
+    """Keys and values [A, G, W, D] of the context, and masks [A, 1, rows, W + rows], by layer."""
     before = captured.positions[anchors]  # [A] rows of context that there are
     width = int(before.max())
     if drafter.config.context_window:
@@ -93,7 +93,12 @@ def _seen_from(
         len(anchors), 1, rows, width + rows, dtype=layers[0][0].dtype, device=anchors.device
     )
     mask[..., :width].masked_fill_(missing[:, None, None], float("-inf"))
-    return _Context(layers), mask
+    distance = back + torch.arange(rows, device=anchors.device)[:, None]  # [rows, W]
+    masks: dict[int | None, torch.Tensor] = {None: mask}
+    for window in {window for window in drafter.windows if window is not None}:
+        masks[window] = mask.clone()
+        masks[window][..., :width].masked_fill_(distance >= window, float("-inf"))
+    return _Context(layers), [masks[window] for window in drafter.windows]
 
 
 def _gather(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.families import KINDS, LLAMA_LIKE, WINDOW, drafter_of
 from helpers.tiny import tiny_drafter, tiny_target
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,21 +16,27 @@ from hypothesis import strategies as st
 from dspark.decoding.drawing import COUPLED, GREEDY, INDEPENDENT, DrawRules
 from dspark.kernels.attention_plan import PAGE_SIZE, plan_attention
 from dspark.kernels.cpu import operators
-from dspark.models.draft_forward import DraftForward, FusedDraftForward, ModuleDraftForward
+from dspark.models.draft_forward import (
+    DraftForward,
+    FusedDraftForward,
+    ModuleDraftForward,
+    draft_forward,
+)
 from dspark.models.drafter import DSparkDrafter
 from dspark.models.kv_cache import PagedKVCache
 
 pytestmark = pytest.mark.skipif(not operators.available(), reason="needs AVX2")
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 LENGTHS = (0, 5, 40)
 SIZE = 4
 
 
-def bf16_drafter(family: str = "llama", draft_vocab: int = 0, rank: int = 16) -> DSparkDrafter:
+def bf16_drafter(
+    family: str = "llama", draft_vocab: int = 0, rank: int = 16, **shape: Any
+) -> DSparkDrafter:
     target = tiny_target(family, vocab=600, **WIDE)
-    drafter = tiny_drafter(target, SIZE, draft_vocab=draft_vocab, rank=rank, **WIDE)
+    drafter = tiny_drafter(target, SIZE, draft_vocab=draft_vocab, rank=rank, **WIDE, **shape)
     return drafter.for_inference(torch.bfloat16)
 
 
@@ -47,10 +55,12 @@ def hidden(forward: DraftForward, window: int, dtype: torch.dtype) -> torch.Tens
         return forward.hidden(tokens, plan, kv).float()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_LIKE)
 @pytest.mark.parametrize("window", [0, 6 + SIZE])
-def test_hidden_states(family: str, window: int) -> None:
-    drafter = bf16_drafter(family)
+@pytest.mark.parametrize("sliding", [False, True])
+def test_hidden_states(family: str, window: int, sliding: bool) -> None:
+    drafter = bf16_drafter(family, **(KINDS[f"{family}, sliding"].drafter if sliding else {}))
+    assert drafter.windows == ((WINDOW, None) if sliding else drafter.windows)
     exact = hidden(ModuleDraftForward(copy.deepcopy(drafter).float()), window, torch.float32)
     assert FusedDraftForward.fits(drafter)
     fused = hidden(FusedDraftForward(drafter), window, torch.bfloat16)
@@ -58,6 +68,17 @@ def test_hidden_states(family: str, window: int) -> None:
     # as near to fp32 as the family's own modules in bf16
     assert (fused - exact).abs().mean() < 1.2 * (modules - exact).abs().mean()
     assert (exact.roll(1, 0) - exact).abs().mean() > 10 * (fused - exact).abs().mean()
+
+
+@pytest.mark.parametrize("family", [name for name in KINDS if name.startswith("gemma")])
+def test_what_does_not_fit_the_operators_runs_as_modules(family: str) -> None:
+    drafter = drafter_of(family, rank=16).for_inference(torch.bfloat16)
+    assert isinstance(draft_forward(drafter), ModuleDraftForward)
+
+
+def test_capped_logits_are_not_left_to_the_operators() -> None:
+    drafter = bf16_drafter(final_logit_softcapping=2.0)
+    assert isinstance(draft_forward(drafter), ModuleDraftForward)
 
 
 @given(

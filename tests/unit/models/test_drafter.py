@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.families import KINDS as FAMILIES
+from helpers.families import drafter_of, target_of
 from helpers.tiny import tiny_drafter, tiny_target
 from safetensors.torch import load_file, save_file
 
@@ -94,6 +96,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("anchor", [2, 33])
+def test_training_and_service_agree_in_every_family(family: str, anchor: int) -> None:
+    """At the second, layers that slide do not see all."""
+    agree(target_of(family), drafter_of(family), anchor)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("anchor", [0, 12, 33])
 def test_training_and_service_agree_on_every_kind_of_drafter(kind: str, anchor: int) -> None:
@@ -102,10 +111,11 @@ def test_training_and_service_agree_on_every_kind_of_drafter(kind: str, anchor: 
     agree(target, tiny_drafter(target, draft_vocab=24, **KINDS[kind]), anchor)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4, mixed"])
 @pytest.mark.parametrize("window", [0, 6])
-def test_many_anchors_of_many_conversations_are_each_alone(window: int) -> None:
-    target = tiny_target()
-    drafter = tiny_drafter(target, window=window)
+def test_many_anchors_of_many_conversations_are_each_alone(family: str, window: int) -> None:
+    target = target_of(family)
+    drafter = drafter_of(family, window=window)
     texts = (TOKENS, TOKENS[5:19], TOKENS[::-1])
     anchors = [(0, 4), (1, 12), (2, 20), (0, 37), (1, 0)]
     starts = (0, len(TOKENS), len(TOKENS) + 14)
@@ -236,7 +246,12 @@ def test_a_drafter_of_another_target_is_refused(
         ("markov_head_type", "marble"),
         ("context_window", -1),
         ("sample_from_anchor", "yes"),
-        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("layer_types", ["full_attention", "sliding_attention"]),  # of no sliding_window
+        ("layer_types", ["full_attention", "linear_attention"]),
+        ("layer_types", ["full_attention"]),
+        ("layer_types", "full_attention"),
+        ("sliding_window", "wide"),
+        ("final_logit_softcapping", -1.0),
         ("model_type", None),
         ("model_type", "no_such_model"),
         ("hidden_size", None),
@@ -329,6 +344,55 @@ def test_published_checkpoints_are_read(tmp_path: Path) -> None:
     first, again = (load_file(f / WEIGHTS_FILE) for f in (tmp_path, tmp_path / "again"))
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
     assert read_config(tmp_path / "again") == read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [("gemma2", "Gemma2"), ("gemma3", "Gemma3"), ("gemma4", "Gemma4"), ("gemma4, mixed", "Gemma4")],
+)
+def test_other_families_are_written_and_read(
+    family: str, architecture: str, tmp_path: Path
+) -> None:
+    drafter, target = drafter_of(family), target_of(family)
+    save_drafter(drafter, tmp_path, torch.float32, whole=True)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert config["architectures"] == [f"{architecture}DSparkModel"]
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    assert ("layers.0.layer_scalar" in tensors) == (architecture == "Gemma4")
+    assert ("layers.1.self_attn.v_proj.weight" in tensors) == (family != "gemma4")
+    loaded = load_drafter(tmp_path, target).for_inference(torch.float32)
+    one = captured(target, drafter, TOKENS)
+    assert served_block(loaded, one, 30) == served_block(drafter, one, 30)
+    del tensors["layers.0.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj\.weight"):
+        load_drafter(tmp_path, target)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size_per_layer_input", 8),
+        ("hidden_size_per_layer_input", None),  # then the family's own default
+        ("enable_moe_block", True),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+    ],
+)
+def test_what_a_gemma4_drafter_cannot_be_is_refused_by_name(
+    field: str, value: object, tmp_path: Path
+) -> None:
+    save_drafter(drafter_of("gemma4"), tmp_path, torch.float32)
+    moe = {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 8}
+    change(tmp_path, **{field: value}, **(moe if field == "enable_moe_block" else {}))
+    with pytest.raises(CheckpointError, match=field):
+        load_drafter(tmp_path, target_of("gemma4"))
+
+
+def test_a_window_narrower_than_a_block_is_refused() -> None:
+    target = tiny_target("gemma2")
+    with pytest.raises(CheckpointError, match="sliding_window must be at least the 5 rows"):
+        tiny_drafter(target, sliding_window=4, from_anchor=False)
+    tiny_drafter(target, sliding_window=4)
 
 
 def test_the_checkpoints_own_embedding_and_head_are_used(tmp_path: Path) -> None:

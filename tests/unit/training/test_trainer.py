@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.families import drafter_of, target_of
 from helpers.tiny import TAPS, hf_model, tiny_drafter
 
 from dspark.errors import ConfigError
@@ -87,6 +88,16 @@ def test_the_loss_falls(kind: str, tmp_path: Path) -> None:
     config = replace(CONFIG, steps=80)
     of_kind = trainer(tmp_path, config, **KINDS[kind])
     of_kind.run(lambda step, loss, measures: losses.append(loss))
+    assert sum(losses[-5:]) < 0.96 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma4", "gemma4, mixed"])
+def test_other_families_start_and_learn(family: str, tmp_path: Path) -> None:
+    losses: list[float] = []
+    shape = replace(drafter_of(family).config, draft_vocab_size=24)
+    config = replace(CONFIG, steps=40)
+    learner = Trainer(target_of(family), shape, conversations(), config, tmp_path)
+    learner.run(lambda step, loss, measures: losses.append(loss))
     assert sum(losses[-5:]) < 0.96 * sum(losses[:5])
 
 
