@@ -4,6 +4,7 @@ config.json is the transformers configuration of the drafter's layers and, besid
 DrafterConfig by their published names. `embed_tokens` and `lm_head` are frozen copies of the
 target's: where a checkpoint has them they are used, and where it has not, the target's are. A
 reduced draft vocabulary brings its map as the tensor `draft_token_ids`. Weights may be sharded.
+Checkpoints of speculators are read as well (dspark.models.speculators).
 
 Only safetensors are read. Every tensor must be accounted for: a missing, extra or misshapen one is
 an error that names it.
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from dspark.errors import CheckpointError, ConfigError
 from dspark.models.drafter import DrafterConfig, DSparkDrafter
 from dspark.models.families import family
+from dspark.models.speculators import deepspec_config, deepspec_tensors, is_speculators
 from dspark.models.target_ends import TargetEnds
 
 CONFIG_FILE = "config.json"
@@ -79,7 +81,7 @@ def save_drafter(
                 f"a drafter of {config.draft_vocab_size} of {config.vocab_size} tokens cannot be "
                 "saved with its LM head: train it on the whole vocabulary"
             )
-        tensors |= {_EMBEDDING: drafter.embed_weight, _LM_HEAD: drafter.head_weight}
+        tensors |= {_EMBEDDING: drafter.embed_weight, _LM_HEAD: drafter.head_weight.clone()}
     tensors = {k: v.detach().to(dtype).contiguous() for k, v in tensors.items()}
     if config.draft_vocab_size != config.vocab_size:
         tensors[_MAP] = drafter.draft_token_ids.to(torch.int32)
@@ -101,18 +103,25 @@ def save_drafter(
 
 def read_config(folder: str | Path) -> DrafterConfig:
     """The configuration alone; CheckpointError if there is none or it is not a drafter's."""
-    path = Path(folder) / CONFIG_FILE
+    return _read_config(Path(folder) / CONFIG_FILE)[0]
+
+
+def _read_config(path: Path) -> tuple[DrafterConfig, bool]:
+    """The configuration, and whether it is speculators'."""
     try:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no readable drafter configuration at {path}: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} must hold an object; it holds a {type(raw).__name__}")
-    missing = [name for name in _REQUIRED if name not in raw]
-    if missing:
-        raise CheckpointError(f"{path} is not a DSpark or DFlash drafter's: it has no {missing}")
+    foreign = is_speculators(raw)
     try:
-        return _drafter_config(raw)
+        if foreign:
+            raw = deepspec_config(raw)
+        missing = [name for name in _REQUIRED if name not in raw]
+        if missing:
+            raise CheckpointError(f"not a DSpark or DFlash drafter's: it has no {missing}")
+        return _drafter_config(raw), foreign
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -152,9 +161,14 @@ def _drafter_config(raw: dict[str, Any]) -> DrafterConfig:
 
 def load_drafter(folder: str | Path, target: TargetEnds) -> DSparkDrafter:
     """Load a drafter for `target`, in float32 and not yet prepared for inference."""
-    config = read_config(folder)
+    config, foreign = _read_config(Path(folder) / CONFIG_FILE)
     check_fits(config, target)
     tensors = _read_tensors(Path(folder))
+    if foreign:
+        try:
+            tensors = deepspec_tensors(tensors, config.vocab_size, config.draft_vocab_size)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
     ids = _draft_token_ids(tensors, config, folder)
     drafter = DSparkDrafter(
         config,
@@ -169,7 +183,8 @@ def load_drafter(folder: str | Path, target: TargetEnds) -> DSparkDrafter:
 def fingerprint(folder: str | Path) -> str:
     """Names a drafter's exact weights, so that verifier and draft can tell that they agree."""
     digest = sha256((Path(folder) / CONFIG_FILE).read_bytes())
-    digest.update((Path(folder) / WEIGHTS_FILE).read_bytes())
+    for path in _weight_files(Path(folder)):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -232,15 +247,16 @@ def _frozen(
     config: DrafterConfig,
     folder: str | Path,
     targets: Callable[[], torch.Tensor],  # [V, d]
-) -> torch.Tensor:  # [V, d]
+) -> torch.Tensor:  # [V, d]; an LM head may be [V_d, d]
     """The checkpoint's copy of a target's tensor, or the target's own."""
     copy = tensors.pop(name, None)
     if copy is None:
         return targets()
-    if tuple(copy.shape) != (config.vocab_size, config.hidden_size):
+    rows = {config.vocab_size} | ({config.draft_vocab_size} if name == _LM_HEAD else set())
+    if copy.shape[0] not in rows or tuple(copy.shape[1:]) != (config.hidden_size,):
         raise CheckpointError(
             f"{folder}: {name} has shape {tuple(copy.shape)}, the configuration says "
-            f"{(config.vocab_size, config.hidden_size)}"
+            f"{' or '.join(str((n, config.hidden_size)) for n in sorted(rows))}"
         )
     return copy
 

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
@@ -148,7 +149,7 @@ class DSparkDrafter(nn.Module):
         self,
         config: DrafterConfig,
         embed_weight: torch.Tensor,  # [V, d]
-        lm_head_weight: torch.Tensor,  # [V, d]
+        lm_head_weight: torch.Tensor,  # [V, d], or [V_d, d] of the draft vocabulary alone
         draft_token_ids: torch.Tensor,  # [V_d]
     ) -> None:
         super().__init__()
@@ -181,10 +182,13 @@ class DSparkDrafter(nn.Module):
         if config.enable_confidence_head:
             rank = config.markov_rank if config.confidence_head_with_markov else 0
             self.confidence_head = ConfidenceHead(config.hidden_size, rank)
+        head = lm_head_weight.detach()
         # Buffers that are not saved: they are the target's.
         self.register_buffer("embed_weight", embed_weight.detach(), persistent=False)
         self.register_buffer(
-            "head_weight", lm_head_weight.detach()[draft_token_ids].contiguous(), persistent=False
+            "head_weight",
+            head if len(head) == len(draft_token_ids) else head[draft_token_ids],
+            persistent=False,
         )
         self.register_buffer("draft_token_ids", draft_token_ids, persistent=False)
 
@@ -306,7 +310,7 @@ def _backbone(config: DrafterConfig) -> Any:
         )
         families.check_layers(hf, settings)
         return AutoModel.from_config(hf, attn_implementation="eager")
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(
             f"the drafter's backbone of type {model_type!r} cannot be built: {error}"
         ) from error

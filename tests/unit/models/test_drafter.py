@@ -257,6 +257,7 @@ def test_a_drafter_of_another_target_is_refused(
         ("hidden_size", None),
         ("hidden_size", "wide"),
         ("max_position_embeddings", "far"),
+        ("num_attention_heads", "four"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_by_name(
@@ -436,6 +437,9 @@ def test_sharded_weights_are_read(tmp_path: Path) -> None:
     index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
     loaded = load_drafter(tmp_path, tiny_target("qwen3"))
     assert all(torch.equal(loaded.state_dict()[n], whole[n]) for n in loaded.state_dict())
+    named = fingerprint(tmp_path)
+    save_file({name: whole[name] + 1.0 for name in names[9:]}, tmp_path / file)
+    assert fingerprint(tmp_path) != named
     for bad in ("../model.safetensors", "/etc/passwd", "model.bin", 3):
         index.write_text(json.dumps({"weight_map": where | {names[0]: bad}}))
         with pytest.raises(CheckpointError, match="no safetensors file beside it"):
