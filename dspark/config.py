@@ -37,7 +37,8 @@ class ModelConfig:
     """Which models, in which precision, where."""
 
     target: str = "smollm2-135m"
-    drafter: str = ""  # folder; empty: the shipped one, if the target has one; "none": no drafter
+    # folder or hub id (@revision); empty: the one shipped, if the target has one; "none": plain
+    drafter: str = ""
     dtype: str = "bfloat16"
     device: str = "cpu"
     threads: int = 0  # torch threads of a replica; 0: torch's own choice

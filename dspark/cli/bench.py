@@ -27,7 +27,7 @@ PROMPTS = (
 def bench(
     target: str = typer.Option("smollm2-135m", help="Built-in name, folder or Hugging Face id."),
     drafter: str = typer.Option(
-        "", help="Drafter folder; default: the one shipped for the target."
+        "", help="Drafter folder or Hugging Face id; default: the one shipped."
     ),
     concurrency: str = typer.Option("1,4,8", help="Requests at a time, comma-separated."),
     tokens: int = typer.Option(128, min=2, help="New tokens a request."),

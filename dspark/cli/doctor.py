@@ -142,7 +142,7 @@ def _models(target: str, drafter: str) -> Iterator[Finding]:
         )
         yield Finding(
             fits,
-            f"drafter {folder.name}: γ {made_for.block_size}, draft vocabulary "
+            f"drafter {drafter or folder.name}: γ {made_for.block_size}, draft vocabulary "
             f"{made_for.draft_vocab_size}",
             f"it was made for a target of width {made_for.target_hidden_size} and vocabulary "
             f"{made_for.vocab_size}",

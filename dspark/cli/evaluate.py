@@ -16,7 +16,7 @@ def evaluate(
     prompts: Path = typer.Option(..., help='JSONL: {"prompt": "…"} or {"turns": ["…", …]} a line.'),
     target: str = typer.Option("smollm2-135m", help="Built-in name, folder or Hugging Face id."),
     drafter: str = typer.Option(
-        "", help="Drafter folder; default: the one shipped for the target."
+        "", help="Drafter folder or Hugging Face id; default: the one shipped."
     ),
     limit: int = typer.Option(0, help="Use the first N prompts; 0: all."),
     tokens: int = typer.Option(128, min=2, help="New tokens a prompt, at most."),

@@ -18,7 +18,9 @@ def serve(
     ),
     target: str | None = typer.Option(None, help="Built-in name, folder or Hugging Face id."),
     drafter: str | None = typer.Option(
-        None, help="Drafter folder, or 'none' to decode plainly; default: the one shipped."
+        None,
+        help="Drafter folder or Hugging Face id, or 'none' to decode plainly; default: the one "
+        "shipped.",
     ),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16."),
     policy: str | None = typer.Option(None, help="adaptive, fixed or off."),

@@ -14,10 +14,11 @@ from dspark.engine.drafting import DraftEngine
 from dspark.engine.profiling import profile_steps
 from dspark.engine.sequence import pages_for
 from dspark.engine.verifier import VerifierEngine
-from dspark.errors import ConfigError
+from dspark.errors import ConfigError, DownloadError
 from dspark.models.builtin import resolve_target, shipped_drafter
 from dspark.models.checkpoint import fingerprint, load_drafter, read_config
 from dspark.models.drafter import FeatureProjection
+from dspark.models.hub import fetch_drafter
 from dspark.models.packed_linear import can_pack, pack_linears
 from dspark.models.target import TargetModel
 from dspark.models.target_ends import StoredEnds, TargetEnds
@@ -38,18 +39,25 @@ class LoadedTarget:
 
 
 def drafter_folder(model: ModelConfig) -> Path | None:
-    """The drafter that the settings name or imply; ConfigError if a named one is not there."""
+    """The drafter that the settings name or imply, fetched if it is a Hugging Face id.
+
+    ConfigError if a named one is to be had in neither way.
+    """
     if model.drafter == NO_DRAFTER:
         return None
     if not model.drafter:
         return shipped_drafter(model.target)
     folder = Path(model.drafter)
-    if not folder.is_dir():
+    if folder.is_dir():
+        return folder
+    try:
+        return fetch_drafter(model.drafter)
+    except DownloadError as error:
         raise ConfigError(
-            f"there is no drafter folder {model.drafter!r}: name one that holds config.json and "
-            f"model.safetensors, or {NO_DRAFTER!r} to decode without"
-        )
-    return folder
+            f"the drafter {model.drafter!r} is no folder here, nor could it be fetched as a "
+            f"Hugging Face id: {error}. Name a folder that holds config.json and "
+            f"model.safetensors, an id, or {NO_DRAFTER!r} to decode without"
+        ) from error
 
 
 def load_target(model: ModelConfig) -> LoadedTarget:

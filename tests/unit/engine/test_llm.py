@@ -70,7 +70,7 @@ def test_one_set_of_parameters_gives_each_prompt_a_seed_of_its_own(
 
 
 def test_what_cannot_be_loaded_or_run_is_said(folders: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no drafter folder"):
+    with pytest.raises(ConfigError, match="no folder here"):
         LLM(folders[0], str(tmp_path / "missing"))
     with pytest.raises(CheckpointError, match="drafter configuration"):
         LLM(folders[0], str(tmp_path))
