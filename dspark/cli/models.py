@@ -1,6 +1,8 @@
-"""`dspark models`: what is on this machine, and fetching it."""
+"""`dspark models`: what is on this machine, fetching it, and writing it for other engines."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import typer
 
@@ -9,7 +11,7 @@ from dspark.config import cache_folder
 from dspark.errors import ConfigError
 from dspark.models.builtin import BUILTIN, pull
 
-app = typer.Typer(help="Fetch the built-in target and see what is on this machine.")
+app = typer.Typer(help="Fetch the built-in target, see what is on this machine, export drafters.")
 
 
 @app.command("pull")
@@ -35,3 +37,47 @@ def list_models() -> None:
     """Built-in targets, and whether they are here."""
     here = (cache_folder() / "models" / BUILTIN).exists()
     out.print(f"{BUILTIN}\t{'pulled' if here else 'not pulled'}\t{cache_folder()}", highlight=False)
+
+
+@app.command("export")
+def export_drafter(
+    out: Path = typer.Option(..., help="Folder to write; must be empty or not there."),
+    target: str = typer.Option(BUILTIN, help="Built-in name, folder or Hugging Face id."),
+    drafter: str = typer.Option(
+        "", help="Drafter folder or Hugging Face id; default: the one shipped."
+    ),
+) -> None:
+    """Write a drafter as DeepSpec publishes them, for vLLM, SGLang and others to load.
+
+    That is with the target's embedding and LM head, whole in one file, and in the type that its own
+    weights have. Checkpoints of speculators are turned into that layout.
+    """
+    with reported_errors():
+        import torch
+
+        from dspark.config import ModelConfig
+        from dspark.engine.assembly import drafter_folder
+        from dspark.models.builtin import resolve_target
+        from dspark.models.checkpoint import load_drafter, save_drafter, stored_dtype
+        from dspark.models.target_ends import StoredEnds
+
+        folder = drafter_folder(ModelConfig(target=target, drafter=drafter))
+        if folder is None:
+            raise ConfigError(f"no drafter is known for {target!r}: give one with --drafter")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out} is not an empty folder: name a new one with --out")
+        ends = StoredEnds(resolve_target(target), dtype=torch.float32, device="cpu")
+        loaded = load_drafter(folder, ends)
+        save_drafter(loaded, out, stored_dtype(folder), whole=True)
+        shape = loaded.config
+        own = {
+            "context_window": shape.context_window,
+            "block without sample_from_anchor": not shape.sample_from_anchor,
+        }
+        for name in (name for name, used in own.items() if used):
+            err.print(
+                f"DeepSpec has no {name}: an engine that does not know it drafts from other rows, "
+                "and less is accepted",
+                highlight=False,
+            )
+        err.print(f"the drafter is at {out}", highlight=False)

@@ -73,7 +73,6 @@ def save_drafter(
     vocabulary is reduced, which they do not know.
     """
     config, folder = drafter.config, Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = drafter.state_dict()
     if whole:
         if config.draft_vocab_size != config.vocab_size:
@@ -85,6 +84,7 @@ def save_drafter(
     tensors = {k: v.detach().to(dtype).contiguous() for k, v in tensors.items()}
     if config.draft_vocab_size != config.vocab_size:
         tensors[_MAP] = drafter.draft_token_ids.to(torch.int32)
+    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / (WEIGHTS_FILE + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.chmod(0o644)  # safetensors writes for the owner alone
@@ -97,6 +97,8 @@ def save_drafter(
         **backbone,
         **settings,
         "num_anchors": _NUM_ANCHORS,
+        "dtype": str(dtype).removeprefix("torch."),
+        **({"tie_word_embeddings": False} if whole else {}),  # Gemma's default is that they are
     }
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -178,6 +180,14 @@ def load_drafter(folder: str | Path, target: TargetEnds) -> DSparkDrafter:
     )
     _load_exactly(drafter, tensors, folder)
     return drafter
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The type that a checkpoint's weights have; CheckpointError if they have several."""
+    found = {t.dtype for t in _read_tensors(Path(folder)).values() if t.is_floating_point()}
+    if len(found) != 1:
+        raise CheckpointError(f"{folder}: weights are of the types {sorted(map(str, found))}")
+    return found.pop()
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -6,10 +6,16 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import Result
+from helpers.tiny import save_models
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dspark import __version__
 from dspark.cli.main import app
+from dspark.models.checkpoint import WEIGHTS_FILE, fingerprint, load_drafter, save_drafter
+from dspark.models.target_ends import StoredEnds
 
 runner = CliRunner()
 COMMANDS = ("serve", "chat", "generate", "bench", "eval", "train", "doctor", "models")
@@ -39,6 +45,30 @@ def test_errors_are_one_line_and_status_one(tmp_path: Path) -> None:
         assert result.exit_code == 1, arguments
         assert "error:" in result.stderr
         assert "Traceback" not in result.output + result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exported_drafter_is_the_same_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    target, drafter = save_models(tmp_path)
+    ends = StoredEnds(target, dtype=torch.float32, device="cpu")
+    save_drafter(load_drafter(drafter, ends), drafter, dtype)
+
+    def export(source: Path, out: Path) -> Result:
+        names = ["--drafter", str(source), "--target", str(target), "--out", str(out)]
+        return runner.invoke(app, ["models", "export", *names])
+
+    assert export(drafter, tmp_path / "whole").exit_code == 0
+    own, whole = (load_file(f / WEIGHTS_FILE) for f in (drafter, tmp_path / "whole"))
+    assert whole.keys() - own.keys() == {"embed_tokens.weight", "lm_head.weight"}
+    assert all(tensor.dtype == dtype for tensor in whole.values())
+    assert all(torch.equal(whole[name], tensor) for name, tensor in own.items())
+    assert torch.equal(whole["embed_tokens.weight"], ends.embed_weight.to(dtype))
+    assert torch.equal(whole["lm_head.weight"], ends.lm_head_weight.to(dtype))
+    assert export(tmp_path / "whole", tmp_path / "again").exit_code == 0
+    assert fingerprint(tmp_path / "again") == fingerprint(tmp_path / "whole")
+    refused = export(drafter, tmp_path / "whole")
+    assert refused.exit_code == 1
+    assert "not an empty folder" in refused.stderr
 
 
 def test_chat_without_a_service_says_so() -> None:
