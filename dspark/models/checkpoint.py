@@ -263,10 +263,11 @@ def _frozen(
     if copy is None:
         return targets()
     rows = {config.vocab_size} | ({config.draft_vocab_size} if name == _LM_HEAD else set())
-    if copy.shape[0] not in rows or tuple(copy.shape[1:]) != (config.hidden_size,):
+    shapes = [(count, config.hidden_size) for count in sorted(rows)]
+    if tuple(copy.shape) not in shapes:
         raise CheckpointError(
             f"{folder}: {name} has shape {tuple(copy.shape)}, the configuration says "
-            f"{' or '.join(str((n, config.hidden_size)) for n in sorted(rows))}"
+            f"{' or '.join(map(str, shapes))}"
         )
     return copy
 

@@ -7,6 +7,7 @@
     draft_token_ids[i]   i + d2t[i];  t2d marks the same tokens in the target's vocabulary
     lm_head              holds the rows of the draft vocabulary alone, where that is reduced
 
+A sliding layer counts its window from each row here; its training there did from the anchor.
 Facts from its src/speculators/models/{dspark,dflash} and from how vLLM reads their configurations.
 """
 

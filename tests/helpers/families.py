@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,8 +65,9 @@ KINDS: dict[str, Kind] = {
 }
 
 
+@cache
 def target_of(kind: str) -> TargetModel:
-    """A tiny target of the family."""
+    """A tiny target of the family, the same at every call."""
     return tiny_target(KINDS[kind].model_type, **KINDS[kind].target)
 
 

@@ -60,7 +60,8 @@ def hidden(forward: DraftForward, window: int, dtype: torch.dtype) -> torch.Tens
 @pytest.mark.parametrize("sliding", [False, True])
 def test_hidden_states(family: str, window: int, sliding: bool) -> None:
     drafter = bf16_drafter(family, **(KINDS[f"{family}, sliding"].drafter if sliding else {}))
-    assert drafter.windows == ((WINDOW, None) if sliding else drafter.windows)
+    if sliding:
+        assert drafter.windows == (WINDOW, None)
     exact = hidden(ModuleDraftForward(copy.deepcopy(drafter).float()), window, torch.float32)
     assert FusedDraftForward.fits(drafter)
     fused = hidden(FusedDraftForward(drafter), window, torch.bfloat16)
@@ -74,6 +75,18 @@ def test_hidden_states(family: str, window: int, sliding: bool) -> None:
 def test_what_does_not_fit_the_operators_runs_as_modules(family: str) -> None:
     drafter = drafter_of(family, rank=16).for_inference(torch.bfloat16)
     assert isinstance(draft_forward(drafter), ModuleDraftForward)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma4", "gemma4, mixed"])
+def test_families_that_run_as_modules_do_so_in_bf16(family: str) -> None:
+    """Over pages of the operators' layout, where their heads are as wide as those want them."""
+    kind = KINDS[family]
+    shape = WIDE | ({"global_head_dim": 64} if family.startswith("gemma4") else {})
+    target = tiny_target(kind.model_type, vocab=600, **(kind.target | shape))
+    drafter = tiny_drafter(target, SIZE, **(kind.drafter | shape)).for_inference(torch.bfloat16)
+    exact = hidden(ModuleDraftForward(copy.deepcopy(drafter).float()), 0, torch.float32)
+    modules = hidden(ModuleDraftForward(drafter), 0, torch.bfloat16)
+    assert (exact.roll(1, 0) - exact).abs().mean() > 10 * (modules - exact).abs().mean()
 
 
 def test_capped_logits_are_not_left_to_the_operators() -> None:

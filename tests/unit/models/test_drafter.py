@@ -408,6 +408,9 @@ def test_the_checkpoints_own_embedding_and_head_are_used(tmp_path: Path) -> None
     save_file(tensors | {"lm_head.weight": torch.zeros(31, 32)}, tmp_path / WEIGHTS_FILE)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape \(31, 32\)"):
         load_drafter(tmp_path, tiny_target("qwen3"))
+    save_file(tensors | {"embed_tokens.weight": torch.tensor(1.0)}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has shape \(\)"):
+        load_drafter(tmp_path, tiny_target("qwen3"))
 
 
 def test_dflash_checkpoints_are_read(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -233,6 +234,9 @@ def served(drafter: DSparkDrafter, taps: torch.Tensor, anchor: int) -> tuple[lis
     )
 
 
+shared = cache(drafter_of)  # nothing here changes one
+
+
 def taps_of(context: int) -> torch.Tensor:
     return torch.randn(context, 64, generator=torch.Generator().manual_seed(context))
 
@@ -255,7 +259,7 @@ def test_the_served_block_is_what_the_equations_say(
     family: str, head: str, from_anchor: bool, context: int
 ) -> None:
     kind = {"rank": 0} if head == "none" else {"head": head}
-    drafter = drafter_of(family, SIZE, draft_vocab=24, from_anchor=from_anchor, **kind)
+    drafter = shared(family, draft_vocab=24, from_anchor=from_anchor, **kind)
     want = same(drafter, FAMILIES[family], context)
     assert want.laws.std(0).max() > 3e-3, "positions must differ for this to say anything"
 
@@ -263,13 +267,13 @@ def test_the_served_block_is_what_the_equations_say(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("window", [0, 10, 30])
 def test_families_and_windows(family: str, window: int) -> None:
-    same(drafter_of(family, window=window), FAMILIES[family], 100)
+    same(shared(family, window=window), FAMILIES[family], 100)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3", "gemma4"])
 def test_the_anchor_stands_right_after_the_context(family: str) -> None:
     """Were its row, or its context, one place off, the laws would be others."""
-    drafter, taps = drafter_of(family), taps_of(100)
+    drafter, taps = shared(family), taps_of(100)
     drawn, got = served(drafter, taps, anchor=7)
     for wrong in (taps[1:], taps[:-1], torch.cat([taps[:1], taps])):
         off = reference(drafter, FAMILIES[family], wrong, 7, drawn)
@@ -300,7 +304,7 @@ LAPSES: dict[str, tuple[str, Callable[[Family], Family]]] = {
 def test_a_lapse_would_be_noticed(lapse: str) -> None:
     name, lapsed = LAPSES[lapse]
     family, taps = FAMILIES[name], taps_of(100)
-    drafter = drafter_of(name)
+    drafter = shared(name)
     drawn, got = served(drafter, taps, anchor=7)
     off = reference(drafter, lapsed(family), taps, 7, drawn)
     assert (got.laws - off.laws).abs().max() > 1e-3

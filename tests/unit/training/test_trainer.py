@@ -91,7 +91,7 @@ def test_the_loss_falls(kind: str, tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.96 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma4", "gemma4, mixed"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma4", "gemma4, mixed"])
 def test_other_families_start_and_learn(family: str, tmp_path: Path) -> None:
     losses: list[float] = []
     shape = replace(drafter_of(family).config, draft_vocab_size=24)
