@@ -72,6 +72,22 @@ class AttentionPlan:
         return _first_seen(self, window)
 
 
+@dataclass(frozen=True, slots=True)
+class WholePlan:
+    """S sequences from their first token on, padded at the end to L rows each: T = S · L.
+
+    Nothing is kept for a later step, so no pages are needed. What padding attends to is undefined.
+    """
+
+    positions: torch.Tensor  # [T] int64
+    sequences: int  # S
+
+    @property
+    def placed(self) -> WholePlan:
+        """Where everything is already."""
+        return self
+
+
 @dataclass
 class RowPlan:
     """T rows, each a sequence of its own: all that is known of them lies on the device.

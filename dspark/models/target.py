@@ -19,7 +19,15 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from dspark.errors import CheckpointError
-from dspark.kernels.attention_plan import AttentionPlan, RowPlan, plan_attention
+from dspark.kernels.attention_plan import (
+    PAGE_SIZE,
+    AttentionPlan,
+    RowPlan,
+    WholePlan,
+    plan_attention,
+)
+from dspark.kernels.reference.whole_attention import whole_attention
+from dspark.kernels.transfer import to_device
 from dspark.models.fused import FusedDecoder
 from dspark.models.graphs import PaddedSteps
 from dspark.models.kv_cache import PagedKVCache
@@ -150,12 +158,43 @@ class TargetModel:
             out = self._run(token_ids, batch.attention, logit_rows, kv)
         return TargetOutput(*out)
 
+    @torch.inference_mode()
+    def forward_whole(
+        self,
+        texts: Sequence[torch.Tensor],  # S × [L_s] int64, on the host
+        logit_rows: torch.Tensor,  # [N] int64 of the T = Σ L_s rows, rising, on the host
+    ) -> TargetOutput:
+        """Run sequences from their first token on, keeping nothing: rows are flattened, T in all.
+
+        One call of attention serves them all where the modules run; the C++ operators take pages.
+        """
+        lengths = [len(text) for text in texts]
+        if self._fused is not None:
+            pages = [-(-length // PAGE_SIZE) for length in lengths]
+            ends = np.cumsum(pages) + 1
+            tables = [np.arange(e - n, e, dtype=np.int32) for n, e in zip(pages, ends, strict=True)]
+            plan = plan_attention(tables, [0] * len(texts), lengths, self.device)
+            kv = PagedKVCache(sum(pages) + 1, self.device)
+            return self.forward(TargetBatch(torch.cat(list(texts)), plan, logit_rows), kv)
+        longest = max(lengths)
+        padded = torch.zeros(len(texts), longest, dtype=torch.int64)
+        real = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        padded[real] = torch.cat(list(texts))
+        real_rows = real.flatten().nonzero()[:, 0]
+        positions = torch.arange(longest).repeat(len(texts))
+        moved = to_device(
+            [padded.flatten(), positions, real_rows[logit_rows], real_rows], self.device
+        )
+        token_ids, positions, rows, kept = moved
+        logits, taps = self._run(token_ids, WholePlan(positions, len(texts)), rows, None)
+        return TargetOutput(logits, None if taps is None else taps[kept])
+
     def _run(
         self,
         token_ids: torch.Tensor,  # [T]
-        plan: AttentionPlan | RowPlan,
+        plan: AttentionPlan | RowPlan | WholePlan,
         logit_rows: torch.Tensor,  # [N]
-        kv: PagedKVCache,
+        kv: PagedKVCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The modules' forward: logits [N, V], and taps [T, m·d]."""
         out = self.model(
@@ -185,7 +224,7 @@ def _attend(
     value: torch.Tensor,  # [1, G, T, Dv]
     attention_mask: torch.Tensor | None,
     *,
-    dspark_plan: AttentionPlan | RowPlan | None = None,
+    dspark_plan: AttentionPlan | RowPlan | WholePlan | None = None,
     dspark_kv: PagedKVCache | None = None,
     dspark_windows: Sequence[int | None] | None = None,  # by layer; None: the model's own
     scaling: float | None = None,
@@ -195,8 +234,16 @@ def _attend(
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     # A mask of the model's own making (Doge's) holds more than who sees whom, and pages drop it.
-    if dspark_plan is None or dspark_kv is None or attention_mask is not None:
+    if dspark_plan is None or attention_mask is not None:
         raise _unsupported_attention(type(module).__name__)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(dspark_plan, WholePlan):
+        out = whole_attention(
+            query[0], key[0], value[0], dspark_plan.sequences,
+            scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux,
+        )  # fmt: skip
+        return out[None], None
+    assert dspark_kv is not None
     layer = _kv_layer(module)
     if layer == module.layer_idx:
         k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
@@ -204,7 +251,7 @@ def _attend(
     out = dspark_kv.layer(layer).attend(
         query[0].transpose(0, 1),
         dspark_plan,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scale=scale,
         window=sliding_window if dspark_windows is None else dspark_windows[layer],
         softcap=softcap,
         sinks=s_aux,

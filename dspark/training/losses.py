@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+_ROWS_AT_A_TIME = 2048
+
 
 @dataclass(frozen=True, slots=True)
 class TargetLaw:
@@ -28,8 +30,13 @@ class TargetLaw:
 
 def restrict(logits: torch.Tensor, draft_token_ids: torch.Tensor) -> TargetLaw:
     """Softmax over the whole vocabulary, kept on the draft vocabulary: [N, V] -> [N, V_d]."""
-    # log_softmax is one fused pass; logsumexp on the CPU takes several times as long
-    probs = torch.log_softmax(logits.float(), dim=-1)[:, draft_token_ids].exp_()
+    # log_softmax is one fused pass; logsumexp on the CPU takes several times as long. In pieces,
+    # since a large vocabulary in float32 is more than all else that training holds.
+    parts = [
+        torch.log_softmax(part.float(), dim=-1)[:, draft_token_ids].exp_()
+        for part in logits.split(_ROWS_AT_A_TIME)
+    ]
+    probs = torch.cat(parts)
     return TargetLaw(probs, (1.0 - probs.sum(dim=-1)).clamp_(min=0.0))
 
 

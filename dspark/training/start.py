@@ -24,7 +24,7 @@ from dspark.models.families import family
 from dspark.models.sequential_head import MarkovHead
 from dspark.models.target import TargetModel
 from dspark.training.bigrams import bigram_factors
-from dspark.training.capture import capture
+from dspark.training.capture import Rows, capture
 from dspark.training.text import Conversation
 
 _FIRST_NORM = 0.3  # of the target's: an untrained backbone should not drown the bigrams
@@ -51,7 +51,8 @@ def start(
             conversations, drafter.draft_token_ids, config.vocab_size, config.markov_rank
         )
         drafter.markov_head.start_from(*factors)
-    captured = capture(target, conversations[:_SAMPLE], drafter.draft_token_ids, max_tokens)
+    rows = Rows.of(conversations[:_SAMPLE], max_tokens)
+    captured = capture(target, rows, drafter.draft_token_ids)
     taps = captured.taps.to(drafter.fc.weight.dtype)
     _recency_heads(drafter, drafter.feature_projection(taps).float())
 

@@ -1,10 +1,11 @@
 """The drafter's forward on many anchors at once, given the true tokens.
 
-Every anchor brings a block that sees the context before its anchor and its own block,
-nothing else: as one session does when serving. The keys and values of the context are computed once
-for all conversations, and gathered for each anchor.
+Every anchor brings a block that sees the context before its anchor and its own block, nothing else:
+as one session does when serving. The anchors of a conversation share one sequence, and a mask tells
+their blocks apart, so the context's keys and values are neither computed nor stored twice.
 
-Shape symbols: A anchors, γ block size, W context rows that a block sees, N = A·γ rows.
+Shape symbols: A anchors, γ block size, Q rows of a block, N = A·γ rows that predict, C
+conversations, B blocks of the conversation that has most, W context rows.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from dspark.kernels.transfer import to_device
 from dspark.models.drafter import DSparkDrafter
-from dspark.training.capture import Captured
+from dspark.training.capture import Captured, Rows
 from dspark.training.losses import TargetLaw
 
 
@@ -41,68 +43,106 @@ class ForcedBlocks:
 def force(
     drafter: DSparkDrafter,
     captured: Captured,
-    anchors: torch.Tensor,  # [A] rows of `captured`, of its `anchors`
+    anchors: torch.Tensor,  # [A] rows of `captured`, on the host
 ) -> ForcedBlocks:
     """Teacher-forced blocks at `anchors`."""
     size, device = drafter.config.block_size, captured.tokens.device
-    rows = drafter.config.rows(size)
-    offset = torch.arange(size, device=device)
+    of = captured.rows.conversations
+    offset = torch.arange(size)
     where = anchors[:, None] + offset  # [A, γ] the place before each draft token's
-    hidden = drafter.hidden(
-        drafter.block_tokens(captured.tokens[anchors], size),
-        captured.positions[anchors][:, None] + torch.arange(rows, device=device),
-        *_seen_from(drafter, captured, anchors, rows),
-    )
-    hidden = drafter.predicting(hidden)
+    inside = where.clamp(max=len(of) - 1)
+    own = (of[inside] == of[anchors][:, None]) & (inside == where)
+    inside, own = to_device([inside, own.to(torch.int64)], device)
+    hidden = drafter.predicting(_hidden(drafter, captured, anchors))
     # Draft token k stands at anchor+k+1 and is biased by the one at anchor+k.
-    inside = where.clamp(max=len(captured.tokens) - 1).flatten()
     head = drafter.markov_head
-    embedded = head.embed(captured.tokens[inside].view_as(where))
+    embedded = head.embed(captured.tokens[inside])
     logits = drafter.base_logits(hidden) + head.bias(head.codes(embedded, hidden))
     confidence_logits = drafter.confidence_logits(hidden, embedded, logits)
-    own = captured.conversations[inside].view_as(where) == captured.conversations[anchors][:, None]
-    law_rows = captured.law_rows[inside]
+    law_rows = captured.law_rows[inside].flatten()
     at = law_rows.clamp(min=0)
     return ForcedBlocks(
         logits=logits.flatten(0, 1),
         confidence_logits=confidence_logits.flatten(),
-        valid=own.flatten() & (law_rows >= 0) & (inside == where.flatten()),
+        valid=own.flatten().bool() & (law_rows >= 0),
         law=TargetLaw(captured.law.probs[at], captured.law.outside[at]),
         choices=captured.choices[at],
-        positions=offset.repeat(len(anchors)),
+        positions=offset.to(device).repeat(len(anchors)),
     )
 
 
-def _seen_from(
-    drafter: DSparkDrafter, captured: Captured, anchors: torch.Tensor, rows: int
-) -> tuple[_Context, list[torch.Tensor]]:
-    """Keys and values [A, G, W, D] of the context, and masks [A, 1, rows, W + rows], by layer."""
-    before = captured.positions[anchors]  # [A] rows of context that there are
+def _hidden(
+    drafter: DSparkDrafter, captured: Captured, anchors: torch.Tensor
+) -> torch.Tensor:  # [A, Q, d]
+    """Hidden states of the anchors' blocks, a conversation's side by side in one sequence."""
+    rows, device = captured.rows, captured.tokens.device
+    grid, places = _grid(rows, anchors)
+    before = rows.positions[grid]  # [C, B] context rows that a block has
     width = int(before.max())
-    if drafter.config.context_window:
-        width = min(width, drafter.config.context_window)
-    back = torch.arange(width, 0, -1, device=anchors.device)
-    missing = back > before[:, None]  # [A, W]
-    seen = (anchors[:, None] - back).clamp(min=0)
+    seen = (grid[:, :1] - before[:, :1]) + torch.arange(width)  # [C, W] from each one's first row
+    seen = seen.clamp(max=len(rows.positions) - 1)
+    grid, places, before, seen = to_device([grid, places, before, seen], device)
+    tokens = drafter.block_tokens(captured.tokens[grid], drafter.config.block_size)  # [C, B, Q]
+    block = tokens.shape[-1]
     features = drafter.feature_projection(captured.taps)
     layers = [
         (_gather(keys, seen), _gather(values, seen))
         for keys, values in drafter.context_kv(features, captured.positions)
     ]
-    mask = torch.zeros(
-        len(anchors), 1, rows, width + rows, dtype=layers[0][0].dtype, device=anchors.device
+    hidden = drafter.hidden(
+        tokens.flatten(1),
+        (before[..., None] + torch.arange(block, device=device)).flatten(1),
+        _Context(layers),
+        _masks(drafter, before, width, block, layers[0][0].dtype),
     )
-    mask[..., :width].masked_fill_(missing[:, None, None], float("-inf"))
-    distance = back + torch.arange(rows, device=anchors.device)[:, None]  # [rows, W]
-    masks: dict[int | None, torch.Tensor] = {None: mask}
-    for window in {window for window in drafter.windows if window is not None}:
-        masks[window] = mask.clone()
-        masks[window][..., :width].masked_fill_(distance >= window, float("-inf"))
-    return _Context(layers), [masks[window] for window in drafter.windows]
+    return hidden.reshape(-1, block, hidden.shape[-1])[places]
+
+
+def _grid(
+    rows: Rows, anchors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:  # [C, B] rows, [A] where each anchor is in it, flattened
+    """Anchors by conversation. Places that are left over take its first row, and harm nobody."""
+    of, line = rows.conversations[anchors].unique(return_inverse=True)
+    counts = line.bincount()
+    order = line.argsort(stable=True)
+    column = torch.empty_like(line)
+    first = counts.cumsum(0) - counts
+    column[order] = torch.arange(len(anchors)) - first[line[order]]
+    starts = anchors - rows.positions[anchors]
+    grid = torch.empty(len(of), int(counts.max()), dtype=torch.int64)
+    grid[line] = starts[:, None]
+    grid[line, column] = anchors
+    return grid, line * grid.shape[1] + column
+
+
+def _masks(
+    drafter: DSparkDrafter,
+    before: torch.Tensor,  # [C, B]
+    width: int,  # W
+    block: int,  # Q
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:  # by layer, [C, 1, B·Q, W + B·Q] additive
+    """A row sees its block, and the context before its anchor as far back as windows go."""
+    conversations, blocks = before.shape
+    place = torch.arange(width, device=before.device)
+    seen = place < before[..., None]  # [C, B, W]
+    if drafter.config.context_window:
+        seen &= place >= before[..., None] - drafter.config.context_window
+    seen = seen.repeat_interleave(block, 1)  # [C, B·Q, W]
+    one = torch.arange(blocks, device=before.device).repeat_interleave(block)
+    same = (one == one[:, None]).expand(conversations, -1, -1)
+    row = (before[..., None] + torch.arange(block, device=before.device)).flatten(1)
+    masks = {}
+    for window in set(drafter.windows):
+        near = seen if window is None else seen & (place > row[..., None] - window)
+        unseen = ~torch.cat([near, same], dim=-1)[:, None]
+        mask = torch.zeros(unseen.shape, dtype=dtype, device=before.device)
+        masks[window] = mask.masked_fill_(unseen, float("-inf"))
+    return [masks[window] for window in drafter.windows]
 
 
 def _gather(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[G, T, D] and [A, W] to [A, G, W, D]."""
+    """[G, T, D] and [C, W] to [C, G, W, D]."""
     # index_select adds gradients up in place; plain indexing would sort them first
     picked = states.index_select(1, rows.flatten())
     return picked.view(len(states), *rows.shape, states.shape[-1]).transpose(0, 1)

@@ -15,13 +15,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dspark.engine.verifier import VerifierEngine
 from dspark.errors import ConfigError
 from dspark.training.openings import OPENINGS
 from dspark.types import FinishReason, Request, SamplingParams
 
 _SLOT = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the user's text in a rendered template
-_MIN_ANSWER_TOKENS = 16
+MIN_ANSWER_TOKENS = 16
+_LONGEST_PERIOD = 64  # tokens of what a loop repeats
+_REPETITIONS = 3  # that are kept: what a drafter has to learn of a loop, it learns from these
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,8 @@ def write_text(
         path.write_text("".join(_line(c) for c in had))  # drops a line that was cut
         done, count = sum(len(c.answer) for c in had), len(had)
     stop_at = time.monotonic() + max_seconds
+    if done >= config.tokens:
+        return done
     with path.open("a") as out:
         for conversation in _conversations(engine, tokenizer, config, first=count):
             out.write(_line(conversation))
@@ -83,6 +89,18 @@ def write_text(
     return done
 
 
+def until_it_repeats(tokens: list[int]) -> list[int]:
+    """An answer up to where it does nothing any more but say the same again."""
+    ids = np.asarray(tokens)
+    for period in range(1, min(_LONGEST_PERIOD, len(ids) // _REPETITIONS) + 1):
+        same = ids[period:] == ids[:-period]
+        run = len(same) if same.all() else int(np.argmin(same[::-1]))  # at the end
+        kept = len(ids) - run + (_REPETITIONS - 1) * period
+        if kept < len(ids):
+            return tokens[:kept]
+    return tokens
+
+
 def _line(conversation: Conversation) -> str:
     return json.dumps(asdict(conversation)) + "\n"
 
@@ -91,7 +109,7 @@ def _conversations(
     engine: VerifierEngine, tokenizer: Any, config: TextConfig, first: int
 ) -> Iterator[Conversation]:
     """Conversations without end, as they finish; each goes through an instruction and an answer."""
-    before, after = _template(tokenizer)
+    before, after = chat_template(tokenizer)
     rng = random.Random(f"{config.seed}/{first}")
     instructions: dict[str, list[int]] = {}
     answers: dict[str, tuple[tuple[int, ...], float, list[int]]] = {}
@@ -127,7 +145,8 @@ def _conversations(
                 if result.finish_reason is None:
                     continue
                 prompt_ids, temperature, tokens = answers.pop(name)
-                if len(tokens) >= _MIN_ANSWER_TOKENS:
+                tokens = until_it_repeats(tokens)
+                if len(tokens) >= MIN_ANSWER_TOKENS:
                     yield Conversation(prompt_ids, tuple(tokens), temperature)
 
 
@@ -142,7 +161,7 @@ def _request(
     return Request(name, tuple(prompt), sampling)
 
 
-def _template(tokenizer: Any) -> tuple[list[int], list[int]]:
+def chat_template(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Tokens before and after the user's text, up to where the answer begins."""
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": _SLOT}], add_generation_prompt=True, tokenize=False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,18 @@ from dspark.errors import ConfigError
 from dspark.models.checkpoint import save_drafter
 from dspark.models.drafter import DrafterConfig, DSparkDrafter
 from dspark.models.target import TargetModel
+from dspark.training.averaging import AveragedWeights
 from dspark.training.bigrams import common_tokens
-from dspark.training.capture import Captured, capture
+from dspark.training.capture import Captured, Rows, capture
 from dspark.training.losses import confidence_loss, draft_loss
+from dspark.training.peers import Peers
 from dspark.training.start import start
 from dspark.training.teacher_forcing import force
 from dspark.training.text import Conversation
 
 STATE_FILE = "trainer.pt"
 _HELD_OUT = 24  # conversations that are never trained on
+_SORTED_BATCHES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class TrainConfig:
     """How to train; the defaults are the paper's (§3.3) where it names one.
 
     A step is one forward of the target over some conversations, and several updates of the drafter
-    on what that forward showed.
+    on what that forward showed. Counts are of all workers together.
     """
 
     steps: int = 2000
@@ -47,6 +50,7 @@ class TrainConfig:
     tv_weight: float = 0.9
     confidence_weight: float = 1.0
     position_decay: float = 4.0
+    average_decay: float = 0.998  # a step of the optimiser; 0: no averaging
     save_every: int = 100
     evaluate_every: int = 200
     seed: int = 0
@@ -54,7 +58,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """Teacher-forced measures on held-out conversations, by block position."""
+    """Teacher-forced measures on held-out conversations, by block position; of the average."""
 
     acceptance: tuple[float, ...]  # mean 1 - TV
     agreement: tuple[float, ...]  # share of rows whose most likely token is the target's
@@ -66,7 +70,11 @@ class Measures:
 
 
 class Trainer:
-    """Owns drafter, optimiser and schedule. Goes on from `folder` when it holds a state."""
+    """Owns drafter, optimiser and schedule. Goes on from `folder` when it holds a state.
+
+    Where torch's default process group is set up, every worker of it makes a Trainer with the same
+    arguments; `folder` is one that all of them reach.
+    """
 
     def __init__(
         self,
@@ -84,6 +92,12 @@ class Trainer:
                 f"{len(usable)} usable conversations are too few to train and hold out "
                 f"{_HELD_OUT}: write more text first (`dspark train --tokens`)"
             )
+        self.peers = Peers()
+        if config.conversations_per_step % self.peers.count:
+            raise ConfigError(
+                f"{config.conversations_per_step} conversations a step cannot be shared evenly by "
+                f"{self.peers.count} workers"
+            )
         self.target, self.config, self.folder = target, config, folder
         self._held_out, self._text = usable[:_HELD_OUT], usable[_HELD_OUT:]
         torch.manual_seed(config.seed)
@@ -94,8 +108,11 @@ class Trainer:
         self.step = 0
         self._optimizer = self._make_optimizer()
         self._autocast = torch.autocast(target.device.type, dtype=torch.bfloat16)
-        if not self._resume():
+        resumed = self._resume()
+        if not resumed:
             start(self.drafter, target, self._text, config.max_tokens)
+            self.peers.agree(p.data for p in self.drafter.parameters())
+            self._averaged = AveragedWeights(self.drafter, config.average_decay)
 
     def run(self, on_step: Callable[[int, float, Measures | None], None]) -> None:
         """Train to the last step; calls `on_step(step, loss, measures or None)`."""
@@ -111,58 +128,83 @@ class Trainer:
                 self._save()
             on_step(self.step, loss, measures)
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the step that comes next: linear warm-up, then cosine to zero."""
+        warmup = max(1, round(self.config.steps * self.config.warmup_share))
+        if self.step < warmup:
+            share = (self.step + 1) / warmup
+        else:
+            progress = (self.step - warmup) / max(1, self.config.steps - warmup)
+            share = 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.config.learning_rate * share
+
     @torch.no_grad()
     def evaluate(self) -> Measures:
         """Measure on the held-out conversations."""
-        size = self.drafter.config.block_size
-        accepted, agreed, seen = torch.zeros(size), torch.zeros(size), torch.zeros(size)
+        size, device = self.drafter.config.block_size, self.target.device
+        counts = torch.zeros(3, size, device=device)  # accepted, agreed, seen
+        own = self._held_out[self.peers.rank :: self.peers.count]
         per_step = self.config.conversations_per_step
-        for first in range(0, len(self._held_out), per_step):
-            captured = self._capture(self._held_out[first : first + per_step])
-            # one anchor in four is enough to measure with
-            with self._autocast:
-                blocks = force(self.drafter, captured, captured.anchors[::4])
-            ones = torch.ones(len(blocks.valid), device=blocks.logits.device)
-            _, tv = draft_loss(blocks.logits, blocks.law, ones, ce_weight=0, tv_weight=1)
-            hit = self.drafter.draft_token_ids[blocks.logits.argmax(dim=-1)] == blocks.choices
-            for k in range(size):
-                rows = blocks.valid & (blocks.positions == k)
-                accepted[k] += (1.0 - tv[rows]).sum().cpu()
-                agreed[k] += hit[rows].sum().cpu()
-                seen[k] += rows.sum().cpu()
-        return Measures(
-            tuple((accepted / seen.clamp(min=1)).tolist()),
-            tuple((agreed / seen.clamp(min=1)).tolist()),
-        )
+        with self._averaged.in_place(), self._autocast:
+            for first in range(0, len(own), per_step):
+                rows = Rows.of(own[first : first + per_step], self.config.max_tokens)
+                anchors = rows.anchors[::4]  # enough to measure with
+                captured = self._capture(rows, anchors)
+                blocks = force(self.drafter, captured, anchors)
+                ones = torch.ones(len(blocks.valid), device=device)
+                _, tv = draft_loss(blocks.logits, blocks.law, ones, ce_weight=0, tv_weight=1)
+                drafted = self.drafter.draft_token_ids[blocks.logits.argmax(dim=-1)]
+                for into, of in zip(
+                    counts, (1.0 - tv, drafted == blocks.choices, ones), strict=True
+                ):
+                    into.index_add_(0, blocks.positions, of.float() * blocks.valid)
+        self.peers.add_up([counts])
+        shares = counts[:2] / counts[2].clamp(min=1)
+        return Measures(*map(tuple, shares.tolist()))
 
     def save_checkpoint(self, folder: Path) -> None:
-        """Write the drafter as it is served: bf16."""
-        save_drafter(self.drafter, folder, torch.bfloat16)
+        """Write the drafter as it is served: the averaged weights, in bf16."""
+        if self.peers.first:
+            with self._averaged.in_place():
+                save_drafter(self.drafter, folder, torch.bfloat16)
 
     # -- inside -------------------------------------------------------------------------------
 
     def _train_step(self, batch: list[Conversation]) -> float:
         """One capture and the updates it pays for; their mean loss."""
-        config = self.config
-        rng = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        config, peers = self.config, self.peers
+        rng = torch.Generator().manual_seed(
+            (config.seed * 1_000_003 + self.step) * peers.count + peers.rank
+        )
+        rate = self.learning_rate
         for group in self._optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * self._schedule()
-        captured = self._capture(batch)
-        shuffled = captured.anchors[torch.randperm(len(captured.anchors), generator=rng)]
-        updates = shuffled.split(config.anchors_per_update)[: config.updates_per_step]
+            group["lr"] = rate * group["factor"]
+        rows = Rows.of(batch[peers.rank :: peers.count], config.max_tokens)
+        wanted = config.anchors_per_update // peers.count
+        shuffled = rows.anchors[torch.randperm(len(rows.anchors), generator=rng)]
+        # Workers must make as many updates, whatever their conversations hold: some then repeat.
+        needed = wanted * config.updates_per_step
+        if peers.count > 1 and len(shuffled) < needed:
+            shuffled = shuffled.repeat(-(-needed // len(shuffled)))
+        updates = shuffled[:needed].split(wanted)
+        captured = self._capture(rows, shuffled[:needed])
         losses = [self._update(captured, anchors) for anchors in updates]
-        return sum(losses) / max(1, len(losses))
+        return float(torch.stack(losses).mean())
 
-    def _capture(self, batch: Sequence[Conversation]) -> Captured:
-        return capture(self.target, batch, self.drafter.draft_token_ids, self.config.max_tokens)
+    def _capture(self, rows: Rows, anchors: torch.Tensor) -> Captured:
+        judged = rows.drafted_from(anchors, self.drafter.config.block_size)
+        return capture(self.target, rows, self.drafter.draft_token_ids, judged)
 
-    def _update(self, captured: Captured, anchors: torch.Tensor) -> float:
+    def _update(self, captured: Captured, anchors: torch.Tensor) -> torch.Tensor:
         """One optimiser update on blocks at the given anchors; the mean loss of a row."""
         config = self.config
         with self._autocast:
             blocks = force(self.drafter, captured, anchors)
         weight = torch.exp(-blocks.positions / config.position_decay) * blocks.valid
-        weight /= weight.sum()
+        weighed = weight.sum()
+        self.peers.add_up([weighed])
+        weight = weight / weighed
         loss, tv = draft_loss(
             blocks.logits,
             blocks.law,
@@ -176,28 +218,32 @@ class Trainer:
             total = loss + config.confidence_weight * confidence
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
+        reported = total.detach()
+        gradients = [p.grad for p in self.drafter.parameters() if p.grad is not None]
+        self.peers.add_up([*gradients, reported])
         torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)
         self._optimizer.step()
-        return float(total.detach())
-
-    def _schedule(self) -> float:
-        """Linear warm-up, then cosine to zero."""
-        warmup = max(1, round(self.config.steps * self.config.warmup_share))
-        if self.step < warmup:
-            return (self.step + 1) / warmup
-        progress = (self.step - warmup) / max(1, self.config.steps - warmup)
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
+        self._averaged.update()
+        return reported
 
     def _batches(self) -> Iterator[list[Conversation]]:
         """Shuffled passes over the text, from where `self.step` stands; whole batches only."""
         per_step = min(self.config.conversations_per_step, len(self._text))
         per_epoch = len(self._text) // per_step
-        for step in itertools.count(self.step):
-            epoch, batch = divmod(step, per_epoch)
+        first, skipped = divmod(self.step, per_epoch)
+        for epoch in itertools.count(first):
             order = list(range(len(self._text)))
             random.Random(f"{self.config.seed}/{epoch}").shuffle(order)
-            start = batch * per_step
-            yield [self._text[i] for i in order[start : start + per_step]]
+            # Of like length, so that little is padding: sorted within a stretch, not over all.
+            stretch = per_step * _SORTED_BATCHES
+            for at in range(0, len(order), stretch):
+                order[at : at + stretch] = sorted(
+                    order[at : at + stretch], key=lambda i: len(self._text[i].answer)
+                )
+            batches = [order[i * per_step : (i + 1) * per_step] for i in range(per_epoch)]
+            random.Random(f"{self.config.seed}/{epoch}/batches").shuffle(batches)
+            for batch in batches[skipped if epoch == first else 0 :]:
+                yield [self._text[i] for i in batch]
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -205,26 +251,29 @@ class Trainer:
         fast = {id(p) for p in markov}
         rest = [p for p in self.drafter.parameters() if id(p) not in fast]
         groups: list[dict[str, Any]] = [
-            {"params": rest, "peak_lr": config.learning_rate},
-            {"params": markov, "peak_lr": config.learning_rate * config.markov_lr_factor},
+            {"params": rest, "factor": 1.0},
+            {"params": markov, "factor": config.markov_lr_factor},
         ]
         return torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
 
     def _save(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / (STATE_FILE + ".partial")
-        torch.save(
-            {
-                "step": self.step,
-                "drafter": self.drafter.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
-                "draft_token_ids": self.drafter.draft_token_ids,
-            },
-            partial,
-        )
-        partial.replace(self.folder / STATE_FILE)  # a kill leaves the old state or the new one
+        if self.peers.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.folder / (STATE_FILE + ".partial")
+            torch.save(
+                {
+                    "step": self.step,
+                    "drafter": self.drafter.state_dict(),
+                    "optimizer": self._optimizer.state_dict(),
+                    "average": self._averaged.state(),
+                    "draft_token_ids": self.drafter.draft_token_ids,
+                },
+                partial,
+            )
+            partial.replace(self.folder / STATE_FILE)  # a kill leaves the old state or the new one
+        self.peers.wait()
 
     def _resume(self) -> bool:
         path = self.folder / STATE_FILE
@@ -238,5 +287,7 @@ class Trainer:
             )
         self.drafter.load_state_dict(state["drafter"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._averaged = AveragedWeights(self.drafter, self.config.average_decay)
+        self._averaged.load(state["average"])
         self.step = state["step"]
         return True

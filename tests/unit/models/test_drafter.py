@@ -29,7 +29,7 @@ from dspark.models.draft_forward import ModuleDraftForward
 from dspark.models.drafter import DSparkDrafter
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetModel
-from dspark.training.capture import Captured, capture
+from dspark.training.capture import Captured, Rows, capture
 from dspark.training.teacher_forcing import force
 from dspark.training.text import Conversation
 from dspark.types import DraftWork, Fence, SamplingParams
@@ -41,7 +41,7 @@ TOKENS = tuple(
 
 def captured(target: TargetModel, drafter: DSparkDrafter, *texts: tuple[int, ...]) -> Captured:
     conversations = [Conversation((), tokens, 1.0) for tokens in texts]
-    return capture(target, conversations, drafter.draft_token_ids, 512)
+    return capture(target, Rows.of(conversations, 512), drafter.draft_token_ids)
 
 
 def served_block(
