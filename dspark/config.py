@@ -37,7 +37,7 @@ class ModelConfig:
     """Which models, in which precision, where."""
 
     target: str = "smollm2-135m"
-    # folder or hub id (@revision); empty: the one shipped, if the target has one; "none": plain
+    # folder, hub id (@revision), "prompt-lookup" or "none"; empty: the shipped one, if there is one
     drafter: str = ""
     dtype: str = "bfloat16"
     device: str = "cpu"
@@ -61,6 +61,7 @@ class EngineConfig:
     check_pages: bool = False  # audit page ownership after every step; an error ends the engine
     policy: str = "adaptive"  # adaptive | fixed | off
     block_size: int = 0  # draft tokens a round; 0: the drafter's own
+    prompt_lookup: bool = True  # draft from requests' own text while no drafter can be asked
 
     def __post_init__(self) -> None:
         _positive(self, "max_requests", "max_waiting", "cache_tokens", "prefill_chunk_tokens")

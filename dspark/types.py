@@ -81,6 +81,11 @@ class SamplingParams:
         """Whether the next token is the argmax, so that nothing is random."""
         return self.temperature < _GREEDY_BELOW
 
+    @property
+    def needs_law(self) -> bool:
+        """Whether a draft token is judged by the law that it was drawn from."""
+        return self.mode is VerifyMode.REJECTION and not self.greedy
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

@@ -60,7 +60,7 @@ def bench(
             engine=EngineConfig(max_requests=max(levels), block_size=block_size),
         )
         if not llm.speculative:
-            raise ConfigError(f"no drafter is known for {target!r}: give one with --drafter")
+            raise ConfigError(f"nothing drafts for {target!r} with --drafter {drafter!r}: name one")
         texts = read_prompts(prompts) if prompts else list(PROMPTS)
         llm.generate(texts[:1])  # first-use costs are nobody's throughput
         with progress_bar() as bar:

@@ -131,8 +131,8 @@ def _models(target: str, drafter: str) -> Iterator[Finding]:
         if folder is None:
             yield Finding(
                 False,
-                f"no drafter for {target}: it would decode plainly",
-                "train one with `dspark train`, or accept plain decoding",
+                f"no drafter for {target}: it would be drafted for by prompt lookup alone",
+                "train one with `dspark train`, or accept it",
             )
             return
         made_for = read_config(folder)

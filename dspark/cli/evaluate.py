@@ -50,7 +50,7 @@ def evaluate(
         err.print("loading …")
         llm = LLM(target, drafter, dtype=dtype, engine=settings)
         if not llm.speculative:
-            raise ConfigError(f"no drafter is known for {target!r}: give one with --drafter")
+            raise ConfigError(f"nothing drafts for {target!r} with --drafter {drafter!r}: name one")
         sampling = SamplingParams(temperature=temperature, max_tokens=tokens, mode=VerifyMode(mode))
         generations = []
         with progress_bar() as bar:

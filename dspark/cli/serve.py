@@ -19,8 +19,8 @@ def serve(
     target: str | None = typer.Option(None, help="Built-in name, folder or Hugging Face id."),
     drafter: str | None = typer.Option(
         None,
-        help="Drafter folder or Hugging Face id, or 'none' to decode plainly; default: the one "
-        "shipped.",
+        help="Drafter folder or Hugging Face id, 'prompt-lookup', or 'none' for plain decoding; "
+        "default: as shipped.",
     ),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16."),
     policy: str | None = typer.Option(None, help="adaptive, fixed or off."),

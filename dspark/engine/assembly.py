@@ -11,6 +11,8 @@ import torch
 from dspark.config import DraftConfig, EngineConfig, ModelConfig
 from dspark.engine.draft_link import DraftLink
 from dspark.engine.drafting import DraftEngine
+from dspark.engine.lookup import BLOCK_SIZE as LOOKUP_BLOCK_SIZE
+from dspark.engine.lookup import PromptLookup
 from dspark.engine.profiling import profile_steps
 from dspark.engine.sequence import pages_for
 from dspark.engine.verifier import VerifierEngine
@@ -23,7 +25,8 @@ from dspark.models.packed_linear import can_pack, pack_linears
 from dspark.models.target import TargetModel
 from dspark.models.target_ends import StoredEnds, TargetEnds
 
-NO_DRAFTER = "none"
+NO_DRAFTER = "none"  # decode plainly
+PROMPT_LOOKUP = "prompt-lookup"  # draft from requests' own text alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class LoadedTarget:
     block_size: int  # 0 without a drafter
     context_window: int  # 0: all
     eos_token_ids: tuple[int, ...]
+    plain: bool  # nothing is to be drafted, by whatever means
 
 
 def drafter_folder(model: ModelConfig) -> Path | None:
@@ -43,7 +47,7 @@ def drafter_folder(model: ModelConfig) -> Path | None:
 
     ConfigError if a named one is to be had in neither way.
     """
-    if model.drafter == NO_DRAFTER:
+    if model.drafter in (NO_DRAFTER, PROMPT_LOOKUP):
         return None
     if not model.drafter:
         return shipped_drafter(model.target)
@@ -56,7 +60,8 @@ def drafter_folder(model: ModelConfig) -> Path | None:
         raise ConfigError(
             f"the drafter {model.drafter!r} is no folder here, nor could it be fetched as a "
             f"Hugging Face id: {error}. Name a folder that holds config.json and "
-            f"model.safetensors, an id, or {NO_DRAFTER!r} to decode without"
+            f"model.safetensors, an id, {PROMPT_LOOKUP!r} to draft from requests' own text, or "
+            f"{NO_DRAFTER!r} to decode plainly"
         ) from error
 
 
@@ -86,6 +91,7 @@ def load_target(model: ModelConfig) -> LoadedTarget:
         block_size=0 if config is None else config.block_size,
         context_window=0 if config is None else config.context_window,
         eos_token_ids=eos_token_ids(target),
+        plain=model.drafter == NO_DRAFTER,
     )
 
 
@@ -120,20 +126,22 @@ def make_verifier(
 ) -> VerifierEngine:
     """A verifier with a step-time table measured here and now, if its policy needs one."""
     speculative = link is not None and loaded.projection is not None
+    lookup = PromptLookup() if engine.prompt_lookup and not loaded.plain else None
     verifier = VerifierEngine(
         loaded.target,
         engine,
         projection=loaded.projection if speculative else None,
         link=link if speculative else None,
-        block_size=loaded.block_size,
+        lookup=lookup,
+        block_size=loaded.block_size or LOOKUP_BLOCK_SIZE,
         context_window=loaded.context_window,
         eos_token_ids=loaded.eos_token_ids,
     )
     verifier.warm_up()
-    if speculative and engine.policy == "adaptive":
+    if verifier.drafts and engine.policy == "adaptive":
         verifier.table = profile_steps(
             loaded.target,
-            block_size=engine.block_size or loaded.block_size,
+            block_size=verifier.block_size,
             max_requests=engine.max_requests,
             on_progress=on_progress,
         )

@@ -15,7 +15,7 @@ import torch
 from dspark.engine.draft_link import DraftLink, DraftReplies
 from dspark.engine.features import FeatureStore
 from dspark.engine.sequence import Sequence
-from dspark.types import BlockProposal, DraftWork, VerifyMode
+from dspark.types import BlockProposal, DraftWork
 
 # Context that the drafter lacks is sent a piece a round, so that nobody's block waits for long
 # behind another's prompt.
@@ -98,8 +98,7 @@ class DraftExchange:
 
     def _usable(self, proposal: BlockProposal, sequence: Sequence) -> bool:
         """Whether a block can be verified: known tokens, no more than asked for, and its law."""
-        tokens, sampling = proposal.token_ids, sequence.request.sampling
-        needs_law = sampling.mode is VerifyMode.REJECTION and not sampling.greedy
+        tokens, needs_law = proposal.token_ids, sequence.request.sampling.needs_law
         return (
             0 < len(tokens) < sequence.remaining
             and int(tokens.min()) >= 0

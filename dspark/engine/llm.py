@@ -88,8 +88,8 @@ class LLM:
 
     @property
     def speculative(self) -> bool:
-        """Whether there is a drafter."""
-        return self._link is not None
+        """Whether there is anything to draft with."""
+        return self.verifier.drafts
 
     def chat_prompt(self, text: str) -> tuple[int, ...]:
         """Token ids of a single user turn, ready for the answer."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dspark.engine.pages import PageKey, page_keys
+from dspark.engine.text_index import TextIndex
 from dspark.kernels.attention_plan import PAGE_SIZE, Pages
 from dspark.types import BlockProposal, Fence, FinishReason, IntArray, Request
 
@@ -26,6 +27,7 @@ class Sequence:
     proposal: BlockProposal | None = None
     wanted_block: Fence | None = None  # a proposal is under way
     asked_at: float = 0.0  # when it was asked for, on the monotonic clock
+    index: TextIndex | None = None  # once blocks have been looked up
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -67,7 +69,7 @@ class Sequence:
         pages: list[int] = self.pages.tolist()
         self.pages, self.keys = self.pages[:0], []
         self.computed = 0
-        self.proposal = self.wanted_block = None
+        self.proposal = self.wanted_block = self.index = None
         return pages
 
     def full_page_keys(self) -> list[PageKey]:

@@ -2,7 +2,8 @@
 
 Each call of `step` runs every admitted request once: decoding requests with their anchor and the
 admitted part of their block, new ones with the next chunk of their prompt. Only this engine commits
-tokens. Without a drafter, or while none answers, every request decodes one token a step.
+tokens. While no drafter answers, blocks are looked up in the requests' own text, or every request
+decodes one token a step.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dspark.engine.draft_link import DraftLink
 from dspark.engine.exchange import DraftExchange
 from dspark.engine.features import FeatureStore
 from dspark.engine.judge import Judged, judge
+from dspark.engine.lookup import PromptLookup
 from dspark.engine.roster import Roster
 from dspark.engine.sequence import Sequence
 from dspark.kernels.attention_plan import PAGE_SIZE, plan_attention
@@ -68,6 +70,7 @@ class VerifierEngine:
         *,
         projection: FeatureProjection | None = None,
         link: DraftLink | None = None,
+        lookup: PromptLookup | None = None,  # drafts while the link is down, or there is none
         block_size: int = 0,
         context_window: int = 0,
         eos_token_ids: tuple[int, ...] = (),
@@ -78,11 +81,14 @@ class VerifierEngine:
         self.config = config
         self._times: RoundTimes | None = None
         self._gate: DraftGate | None = None
+        self._judges: tuple[tuple[RoundTimes, DraftGate], ...] | None = None  # see _turn_to
         self.eos_token_ids = eos_token_ids
+        self._lookup = lookup
+        self._looks_up = False  # the latest blocks come from there
         self._exchange: DraftExchange | None = None
         if link is not None:
             self._exchange = DraftExchange(link, target.vocab_size, context_window)
-        self._block_size = config.block_size or block_size
+        self.block_size = config.block_size or block_size  # γ, where a plan says nothing else
         self._plan = StepPlan(policy=VerificationPolicy(config.policy))
         self._plan_until = float("inf")
         self.roster = Roster(
@@ -111,8 +117,14 @@ class VerifierEngine:
 
     @table.setter
     def table(self, table: StepTimeTable) -> None:
-        self._times = RoundTimes(table)
-        self._gate = DraftGate(self._times)
+        by_drafter, looked_up = RoundTimes(table), RoundTimes(table)
+        self._judges = (by_drafter, DraftGate(by_drafter)), (looked_up, DraftGate(looked_up))
+        self._turn_to(looks_up=self._exchange is None)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there is anything to draft with."""
+        return self._exchange is not None or self._lookup is not None
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -266,16 +278,19 @@ class VerifierEngine:
         times, gate = self._times, self._gate
         if plan.policy is VerificationPolicy.FIXED or times is None or gate is None:
             return sizes
+        # Looked up blocks come with measured chances, and the gate has seen them already.
+        temperatures = () if self._looks_up else plan.confidence_temperatures
         survivals = [
             np.zeros(0, dtype=np.float32)
             if block is None
-            else survival(block.confidences, plan.confidence_temperatures)
+            else survival(block.confidences, temperatures)
             for block in blocks
         ]
-        gate.record([block for block in survivals if len(block)])
+        if not self._looks_up:
+            gate.record([block for block in survivals if len(block)])
         # Waiting is over when a step is planned; but a round that waited is worth more tokens.
         alone = len(decoding) == len(self.roster.running)
-        size = self._asked or self._block_size
+        size = self._asked or self.block_size
         lengths = plan_lengths(
             survivals,
             lambda tokens: times.round_ms(len(decoding), tokens, size, waits=alone),
@@ -351,26 +366,56 @@ class VerifierEngine:
     # -- drafting -----------------------------------------------------------------------------
 
     def _ask_for_blocks(self, sequences: list[Sequence]) -> None:
-        """Send new features and anchors, where a block can still be of use."""
-        exchange, features, plan = self._exchange, self._features, self._current_plan()
+        """Ask the drafter, or look up while there is none, where a block can still be of use.
+
+        What the drafter is not sent now is sent when it is there again.
+        """
+        plan, features, lookup = self._current_plan(), self._features, self._lookup
         self._drafting = 0
         sequences = [s for s in sequences if s.request.sampling.speculate]
-        if (
-            exchange is None
-            or features is None
-            or not sequences
-            or plan.policy is VerificationPolicy.OFF
-            or not exchange.available
-        ):
-            return  # features wait in their pages and go out when drafting resumes
-        size, rest = plan.block_size or self._block_size, 0
+        if plan.policy is VerificationPolicy.OFF or not sequences:
+            return
+        exchange = self._exchange
+        if exchange is not None and not exchange.available:
+            exchange = None
+        if exchange is None and lookup is None:
+            return
+        self._turn_to(looks_up=exchange is None)
+        size, rest = plan.block_size or self.block_size, 0
         if plan.policy is VerificationPolicy.ADAPTIVE and self._gate is not None:
+            latency_ms = 0.0 if exchange is None else exchange.latency_ms
             size = self._gate.block_size(
-                len(self.roster.running), size, exchange.latency_ms, _search(sequences)
+                len(self.roster.running), size, latency_ms, _search(sequences)
             )
-            self._drafting, rest = size, self._gate.rest
-        if exchange.ask(sequences, features, size, rest=rest):
+            rest = self._gate.rest
+            self._drafting = 0 if exchange is None else size
+        if exchange is not None and features is not None:
+            if exchange.ask(sequences, features, size, rest=rest):
+                self._asked = size
+        elif lookup is not None and size:
+            self._look_up(lookup, sequences, size)
+
+    def _turn_to(self, *, looks_up: bool) -> None:
+        """Go by the times and the gate of where blocks come from: they cost and bring unlike."""
+        self._looks_up = looks_up
+        if self._judges is not None:
+            self._times, self._gate = self._judges[looks_up]
+
+    def _look_up(self, lookup: PromptLookup, sequences: list[Sequence], size: int) -> None:
+        survivals = []
+        for sequence in sequences:
+            useful = min(size, sequence.remaining - 1)
+            if sequence.finish_reason or not sequence.decoding or useful <= 0:
+                continue
+            block = sequence.proposal = lookup.propose(sequence, useful)
+            # Nothing found counts: what a round brings hangs on how many find something.
+            survivals.append(
+                np.zeros(size, dtype=np.float32) if block is None else survival(block.confidences)
+            )
+        if survivals:
             self._asked = size
+            if self._gate is not None:
+                self._gate.record(survivals)
 
     # -- accounts -----------------------------------------------------------------------------
 
@@ -403,7 +448,7 @@ class VerifierEngine:
         if self._gate is not None and self._promised:
             self._gate.settle(self._promised, sum(result.accepted for result in results))
             self._promised = 0.0
-        width = self._block_size
+        width = self.block_size
         _, waiting, free, total = self.load
         self.last_report = StepReport(
             step=self._steps,

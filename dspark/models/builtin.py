@@ -31,6 +31,8 @@ Log = Callable[[str], None]
 
 def shipped_drafter(target: str) -> Path | None:
     """Folder of the drafter that is shipped for a target, if there is one."""
+    if Path(target).name != target:  # a path or a hub id, which may lead out of here
+        return None
     folder = Path(__file__).parent / "weights" / target
     return folder if (folder / "config.json").exists() else None
 

@@ -30,7 +30,12 @@ def cluster() -> Iterator[LocalCluster]:
         # fixed blocks: a busy test machine would make the adaptive policy verify nothing, and a
         # check that nothing was drafted for shows nothing
         model=ModelConfig(target=BUILTIN, dtype="float32"),
-        engine=EngineConfig(policy="fixed", max_requests=8, cache_tokens=8192),
+        engine=EngineConfig(
+            policy="fixed",
+            max_requests=8,
+            cache_tokens=8192,
+            prompt_lookup=False,  # what is drafted is to come from the draft service
+        ),
         gateway=GatewayConfig(http_port=http_port, grpc_port=grpc_port),
     )
     with LocalCluster(config, print) as running:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dspark.config import EngineConfig
 from dspark.engine.draft_link import DraftLink, DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
+from dspark.engine.lookup import PromptLookup
 from dspark.engine.verifier import VerifierEngine
 from dspark.models.checkpoint import save_drafter
 from dspark.models.drafter import DrafterConfig, DSparkDrafter
@@ -127,6 +128,8 @@ def tiny_engine(
     drafter: DSparkDrafter | None = None,
     *,
     link: DraftLink | None = None,
+    lookup: PromptLookup | None = None,
+    block_size: int = 4,  # without a drafter
     **settings: Any,
 ) -> VerifierEngine:
     """A verifier engine over tiny models; fixed blocks unless told otherwise."""
@@ -138,7 +141,8 @@ def tiny_engine(
         config,
         projection=None if drafter is None else drafter.feature_projection,
         link=link,
-        block_size=0 if drafter is None else drafter.config.block_size,
+        lookup=lookup,
+        block_size=block_size if drafter is None else drafter.config.block_size,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
@@ -13,6 +13,7 @@ import torch
 from helpers.tiny import Tally, run, tiny_drafter, tiny_engine, tiny_target
 
 from dspark.engine.drafting import DraftEngine
+from dspark.engine.lookup import PromptLookup
 from dspark.pb import draft_pb2 as pb
 from dspark.pb import draft_pb2_grpc
 from dspark.rpc import draft_link
@@ -126,6 +127,44 @@ async def test_a_draft_service_that_restarts_is_found_again() -> None:
             assert tally.drafted > drafted + 20
             assert tally.tokens == plain()
             await link.stop()
+
+
+async def test_blocks_are_looked_up_while_the_draft_service_is_gone() -> None:
+    one = Request("a", tuple(range(1, 9)), SamplingParams(temperature=0.0, max_tokens=400))
+    drafted = dict.fromkeys(("served", "alone", "served again"), 0)
+
+    async def step(phase: str, times: int) -> None:
+        for _ in range(times):
+            tally.add(await asyncio.to_thread(engine.step))
+            drafted[phase] += tally.results[-1].drafted
+
+    async with AsyncExitStack() as service:
+        address = await service.enter_async_context(draft_service())
+        async with link_to(address) as link:
+            await connected(link)
+            drafter = tiny_drafter(TARGET)
+            engine = tiny_engine(TARGET, drafter, link=link, lookup=PromptLookup())
+            tally = Tally()
+            engine.add(one)
+            await step("served", 10)
+            await service.aclose()  # the engine's blocks under way are lost with it
+            await connected(link, up=False)
+            await step("alone", 2)
+            drafted["alone"] = 0  # from here on no block can be the service's
+            await step("alone", 40)
+            with worker() as (made, held):
+                servicer = DraftServicer(
+                    made, held, incarnation="d", drafter_fingerprint=WEIGHTS, max_streams=4
+                )
+                async with serving(servicer, int(address.rsplit(":", 1)[1])):
+                    await connected(link)
+                    await step("served again", 10)
+                    assert held.sessions == 1, "the service was not asked again"
+                    while engine.has_work:
+                        await step("served again", 1)
+                    await link.stop()
+    assert all(drafted.values()), f"INCONCLUSIVE: nothing was drafted at some time: {drafted}"
+    assert tally.tokens == plain([one])
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,24 @@ def test_a_step_table_is_measured_only_where_it_is_used(folders: tuple[str, str]
     assert [g.token_ids for g in got] == [g.token_ids for g in want]
 
 
+def test_prompt_lookup_needs_no_drafter(folders: tuple[str, str]) -> None:
+    looked_up = LLM(
+        folders[0],
+        "prompt-lookup",
+        dtype="float32",
+        engine=EngineConfig(max_requests=2, cache_tokens=1024),
+    )
+    assert looked_up.verifier.table is not None
+    prompts = [[5, 6, 7, 8] * 6, [9, 8, 7] * 9]
+    sampling = SamplingParams(temperature=0.02, max_tokens=200, mode=VerifyMode.COUPLED, seed=5)
+    got = looked_up.generate(prompts, sampling)
+    assert sum(g.drafted for g in got) > 0, "INCONCLUSIVE: nothing was drafted"
+    want = llm(folders, drafted=False).generate(prompts, sampling)
+    assert [g.token_ids for g in got] == [g.token_ids for g in want]
+    switched_off = EngineConfig(max_requests=2, cache_tokens=1024, prompt_lookup=False)
+    assert not LLM(folders[0], dtype="float32", engine=switched_off).speculative
+
+
 def test_more_prompts_than_the_queue_holds_are_answered_in_order(folders: tuple[str, str]) -> None:
     prompts = [[token] * 3 for token in range(2, 11)]
     model = llm(folders, drafted=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -17,6 +17,8 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from dspark.decoding import drawing
 from dspark.decoding.noise import Stream, draw_key
 from dspark.engine import drafting, judge, verifier
+from dspark.engine.lookup import PromptLookup
+from dspark.engine.sequence import Sequence
 from dspark.engine.verifier import VerifierEngine
 from dspark.kernels.cpu import operators
 from dspark.scheduling.planner import Search
@@ -95,13 +97,13 @@ def test_greedy_equals_plain_with_a_real_drafter(kind: dict[str, Any]) -> None:
     assert tally.tokens == plain.tokens
 
 
-def exact_law(sampling: SamplingParams, depth: int) -> torch.Tensor:
+def exact_law(sampling: SamplingParams, depth: int, prompt: tuple[int, ...]) -> torch.Tensor:
     """P of every continuation of `depth` tokens, by transformers alone: [V] * depth."""
     model = hf_model(vocab=VOCAB)
     law = torch.ones((), dtype=torch.float64)
     for d in range(depth):
         prefixes = list(product(range(VOCAB), repeat=d))
-        batch = torch.tensor([[*PROMPT[:3], *prefix] for prefix in prefixes])
+        batch = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
         with torch.inference_mode():
             scores = TemperatureLogitsWarper(sampling.temperature)(None, model(batch).logits[:, -1])
         if sampling.top_p < 1.0:
@@ -122,11 +124,13 @@ def goodness_of_fit(
     *,
     budgets: bool = True,
     after: int = 0,
+    prompt: tuple[int, ...] = PROMPT[:3],
 ) -> float:
     """χ² p-value of tokens `after` to DEPTH of many requests, jointly, against the exact law."""
-    requests = [Request(str(i), PROMPT[:3], replace(sampling, seed=i)) for i in range(samples)]
+    requests = [Request(str(i), prompt, replace(sampling, seed=i)) for i in range(samples)]
     tally = conclusive(run(engine, requests, budget_seed=1 if budgets else None))
-    law, seen = exact_law(sampling, DEPTH), torch.zeros(*[VOCAB] * DEPTH, dtype=torch.float64)
+    law = exact_law(sampling, DEPTH, prompt)
+    seen = torch.zeros(*[VOCAB] * DEPTH, dtype=torch.float64)
     for tokens in tally.tokens.values():
         seen[tuple(tokens[:DEPTH])] += 1
     for _ in range(after):
@@ -198,13 +202,53 @@ def test_a_biased_engine_is_found_out(
     assert goodness_of_fit(sampling_engine(monkeypatch), sampling, samples=4000) < FALSE_ALARM
 
 
+class Unsure(PromptLookup):
+    """Calls its tokens unlikely, where nothing else was possible."""
+
+    def propose(self, sequence: Sequence, size: int) -> BlockProposal | None:
+        block = super().propose(sequence, size)
+        if block is None or block.candidate_probs is None:
+            return block
+        return replace(block, candidate_probs=0.2 * block.candidate_probs)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(
+    ("lookup", "top_p", "operator", "lossless"),
+    [
+        (PromptLookup, 1.0, True, True),
+        (PromptLookup, 0.8, False, True),
+        (Unsure, 1.0, True, False),
+    ],
+)
+def test_rejection_follows_the_target_law_with_prompt_lookup(
+    lookup: type[PromptLookup],
+    top_p: float,
+    operator: bool,
+    lossless: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not operator:
+        monkeypatch.setattr(judge, "_has_operator", lambda _: False)
+    elif not operators.available():
+        pytest.skip("needs AVX2 and a C++ compiler")
+    engine = tiny_engine(
+        tiny_target(vocab=VOCAB), lookup=lookup(), max_requests=64, max_waiting=10_000
+    )
+    # Whatever two tokens come, they have occurred before: blocks come at once.
+    prompt = tuple(token for pair in product(range(VOCAB), repeat=2) for token in pair)
+    sampling = SamplingParams(top_p=top_p, max_tokens=6)
+    p_value = goodness_of_fit(engine, sampling, samples=3000, prompt=prompt)
+    assert (p_value > FALSE_ALARM) is lossless
+
+
 class TellingLink(ScriptedLink):
     """Drafts evenly; its third confidence gives away which second token was drawn."""
 
     def __init__(self) -> None:
         super().__init__({}, VOCAB)
 
-    def submit(self, works: Sequence[DraftWork]) -> None:
+    def submit(self, works: Iterable[DraftWork]) -> None:
         for work in works:
             size = work.block_size
             tokens = self._rng.integers(0, VOCAB, size)
