@@ -39,6 +39,7 @@ from dspark.engine import drafting
 from dspark.engine import judge as judging
 from dspark.engine.draft_link import DraftLink, DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
+from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.engine.judge import Judged, judge
 from dspark.engine.profiling import step_batch
 from dspark.engine.sequence import pages_for
@@ -143,7 +144,7 @@ def engine_of(
     target: TargetModel, drafter: DSparkDrafter | None = None, link: DraftLink | None = None
 ) -> VerifierEngine:
     if drafter is not None and link is None:
-        drafts = DraftEngine(drafter, num_pages=513)
+        drafts = DraftEngine(DSparkBlocks(drafter), num_pages=513)
         drafts.warm_up()
         link = LocalDraftLink(drafts)
     engine = VerifierEngine(

@@ -37,7 +37,7 @@ class ModelConfig:
     """Which models, in which precision, where."""
 
     target: str = "smollm2-135m"
-    # folder, hub id (@revision), "prompt-lookup" or "none"; empty: the shipped one, if there is one
+    # Folder or id, of DSpark's or of a causal LM; "prompt-lookup" or "none". Empty: as shipped.
     drafter: str = ""
     dtype: str = "bfloat16"
     device: str = "cpu"

@@ -109,14 +109,23 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class DraftWork:
-    """Verifier to draft: features of newly committed tokens and, if block_size > 0, an anchor."""
+    """Verifier to draft: newly committed tokens and, if block_size > 0, an anchor.
+
+    The tokens are given by their features or, to a drafter that reads tokens, by their ids.
+    """
 
     fence: Fence
-    feature_start: int  # position of the first feature row
-    features: torch.Tensor  # [n, d]
+    feature_start: int  # position of the first of them
+    features: torch.Tensor  # [n, d]; [0, 0] beside token ids
     anchor_token_id: int
-    block_size: int  # draft tokens wanted; 0 only ingests the features
+    block_size: int  # draft tokens wanted; 0 only takes the context in
     sampling: SamplingParams
+    token_ids: torch.Tensor | None = None  # [n] int64
+
+    @property
+    def context(self) -> torch.Tensor:
+        """[n, d] features, or [n] token ids."""
+        return self.features if self.token_ids is None else self.token_ids
 
 
 @dataclass(frozen=True, slots=True)

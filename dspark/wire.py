@@ -163,7 +163,7 @@ def finish_to_pb(reason: FinishReason | None) -> common_pb2.FinishReason:
 
 
 def work_to_pb(work: DraftWork) -> draft_pb2.DraftWork:
-    """Work with its features as bfloat16 rows."""
+    """Work with its features as bfloat16 rows, or its token ids."""
     rows = work.features.to(device="cpu", dtype=torch.bfloat16).contiguous()
     return draft_pb2.DraftWork(
         fence=_fence_to_pb(work.fence),
@@ -172,30 +172,28 @@ def work_to_pb(work: DraftWork) -> draft_pb2.DraftWork:
         anchor_token_id=work.anchor_token_id,
         block_size=work.block_size,
         sampling=sampling_to_pb(work.sampling),
+        token_ids=None if work.token_ids is None else work.token_ids.tolist(),
     )
 
 
 def work_from_pb(message: draft_pb2.DraftWork, width: int, vocab_size: int) -> DraftWork:
-    """Work as the draft service takes it; ProtocolError if it breaks the contract."""
+    """Work as the draft service takes it; ProtocolError if it breaks the contract.
+
+    `width`: of the features that the drafter reads; 0: it reads token ids.
+    """
     fence = _fence_from_pb(message.fence)
-    row_bytes = 2 * width
-    if len(message.features) % row_bytes:
-        raise ProtocolError(
-            f"features must be whole rows of {row_bytes} bytes; got {len(message.features)} bytes"
-        )
+    features, token_ids = _context_from_pb(message, width, vocab_size)
     if message.block_size > MAX_BLOCK_SIZE:
         raise ProtocolError(
             f"block_size must be at most {MAX_BLOCK_SIZE}; got {message.block_size}"
         )
-    if message.feature_start + len(message.features) // row_bytes > MAX_POSITION:
-        raise ProtocolError(f"features reach past position {MAX_POSITION}")
+    length = len(features if token_ids is None else token_ids)
+    if message.feature_start + length > MAX_POSITION:
+        raise ProtocolError(f"context reaches past position {MAX_POSITION}")
     if message.anchor_token_id >= vocab_size:
         raise ProtocolError(
             f"anchor_token_id must lie below {vocab_size}; got {message.anchor_token_id}"
         )
-    # bytearray: torch wants memory that it may write to
-    raw = torch.frombuffer(bytearray(message.features), dtype=torch.bfloat16) \
-        if message.features else torch.empty(0, dtype=torch.bfloat16)  # fmt: skip
     try:
         sampling = sampling_from_pb(message.sampling)
     except InvalidRequestError as error:
@@ -203,11 +201,36 @@ def work_from_pb(message: draft_pb2.DraftWork, width: int, vocab_size: int) -> D
     return DraftWork(
         fence=fence,
         feature_start=message.feature_start,
-        features=raw.view(-1, width),
+        features=features,
         anchor_token_id=message.anchor_token_id,
         block_size=message.block_size,
         sampling=sampling,
+        token_ids=token_ids,
     )
+
+
+def _context_from_pb(
+    message: draft_pb2.DraftWork, width: int, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # features [n, d], token ids [n]
+    if not width:
+        token_ids = torch.tensor(message.token_ids, dtype=torch.int64)
+        if message.features or (len(token_ids) and int(token_ids.max()) >= vocab_size):
+            raise ProtocolError(
+                f"this drafter reads token ids below {vocab_size} and no features; got "
+                f"{len(message.features)} bytes of features and {len(token_ids)} ids, the largest "
+                f"{max(message.token_ids, default=0)}"
+            )
+        return torch.empty(0, 0), token_ids
+    row_bytes = 2 * width
+    if message.token_ids or len(message.features) % row_bytes:
+        raise ProtocolError(
+            f"features must be whole rows of {row_bytes} bytes, without token ids; got "
+            f"{len(message.features)} bytes and {len(message.token_ids)} ids"
+        )
+    # bytearray: torch wants memory that it may write to
+    raw = torch.frombuffer(bytearray(message.features), dtype=torch.bfloat16) \
+        if message.features else torch.empty(0, dtype=torch.bfloat16)  # fmt: skip
+    return raw.view(-1, width), None
 
 
 def proposal_to_pb(proposal: BlockProposal) -> draft_pb2.BlockProposal:

@@ -26,9 +26,7 @@ PROMPTS = (
 
 def bench(
     target: str = typer.Option("smollm2-135m", help="Built-in name, folder or Hugging Face id."),
-    drafter: str = typer.Option(
-        "", help="Drafter folder or Hugging Face id; default: the one shipped."
-    ),
+    drafter: str = typer.Option("", help="As for serve; default: the one shipped for the target."),
     concurrency: str = typer.Option("1,4,8", help="Requests at a time, comma-separated."),
     tokens: int = typer.Option(128, min=2, help="New tokens a request."),
     rounds: int = typer.Option(10, min=1, help="Turns of each arm; medians are reported."),

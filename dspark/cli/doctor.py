@@ -122,6 +122,7 @@ def _models(target: str, drafter: str) -> Iterator[Finding]:
     from dspark.config import ModelConfig
     from dspark.engine.assembly import drafter_folder
     from dspark.models.builtin import resolve_target
+    from dspark.models.causal_drafter import check_vocabulary, is_causal_lm
     from dspark.models.checkpoint import read_config
 
     try:
@@ -134,6 +135,10 @@ def _models(target: str, drafter: str) -> Iterator[Finding]:
                 f"no drafter for {target}: it would be drafted for by prompt lookup alone",
                 "train one with `dspark train`, or accept it",
             )
+            return
+        if is_causal_lm(folder):
+            check_vocabulary(folder, target, config.vocab_size)
+            yield Finding(True, f"drafter {folder.name}: a causal LM of the target's vocabulary")
             return
         made_for = read_config(folder)
         fits = (made_for.vocab_size, made_for.target_hidden_size) == (

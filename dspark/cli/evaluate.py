@@ -15,9 +15,7 @@ from dspark.cli.console import err, out, progress_bar, reported_errors
 def evaluate(
     prompts: Path = typer.Option(..., help='JSONL: {"prompt": "…"} or {"turns": ["…", …]} a line.'),
     target: str = typer.Option("smollm2-135m", help="Built-in name, folder or Hugging Face id."),
-    drafter: str = typer.Option(
-        "", help="Drafter folder or Hugging Face id; default: the one shipped."
-    ),
+    drafter: str = typer.Option("", help="As for serve; default: the one shipped for the target."),
     limit: int = typer.Option(0, help="Use the first N prompts; 0: all."),
     tokens: int = typer.Option(128, min=2, help="New tokens a prompt, at most."),
     temperature: float = typer.Option(0.0, help="0 is greedy."),

@@ -21,7 +21,7 @@ def generate(
     ),
     address: str = typer.Option("127.0.0.1:50051", help="host:port of the gateway's gRPC server."),
     target: str = typer.Option("smollm2-135m", help="Model to ask for, or to load."),
-    drafter: str = typer.Option("", help="Drafter folder or Hugging Face id, with --in-process."),
+    drafter: str = typer.Option("", help="As for serve, with --in-process."),
     dtype: str = typer.Option("bfloat16", help="Precision, with --in-process."),
     limit: int = typer.Option(0, help="Use the first N prompts; 0: all."),
     max_tokens: int = typer.Option(128, min=1, help="Tokens an answer, at most."),

@@ -19,8 +19,8 @@ def serve(
     target: str | None = typer.Option(None, help="Built-in name, folder or Hugging Face id."),
     drafter: str | None = typer.Option(
         None,
-        help="Drafter folder or Hugging Face id, 'prompt-lookup', or 'none' for plain decoding; "
-        "default: as shipped.",
+        help="Folder or id of a DSpark drafter or a small causal LM of the same vocabulary, "
+        "'prompt-lookup', or 'none' for plain decoding; default: the one shipped.",
     ),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16."),
     policy: str | None = typer.Option(None, help="adaptive, fixed or off."),

@@ -81,6 +81,14 @@ class DrawnBlocks:
         return self.tokens, self.confidence_logits, self.candidate_ids, self.candidate_probs
 
 
+def likeliest_logit(logits: torch.Tensor) -> torch.Tensor:  # [..., V_d] -> [...]
+    """Of the chance of the likeliest token: a first guess at whether what is drawn will stand.
+
+    It does not depend on which token is drawn.
+    """
+    return torch.logit(logits.float().softmax(dim=-1).amax(dim=-1), eps=1e-6)
+
+
 def draw(
     logits: torch.Tensor,  # [S, V_d]
     vocabulary: torch.Tensor,  # [V_d] int64, draft id -> target id

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from dspark.config import DraftConfig, EngineConfig, ModelConfig
+from dspark.engine.autoregressive import AutoregressiveBlocks
 from dspark.engine.draft_link import DraftLink
-from dspark.engine.drafting import DraftEngine
+from dspark.engine.drafting import DraftEngine, Drafter
+from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.engine.lookup import BLOCK_SIZE as LOOKUP_BLOCK_SIZE
 from dspark.engine.lookup import PromptLookup
 from dspark.engine.profiling import profile_steps
@@ -18,8 +20,9 @@ from dspark.engine.sequence import pages_for
 from dspark.engine.verifier import VerifierEngine
 from dspark.errors import ConfigError, DownloadError
 from dspark.models.builtin import resolve_target, shipped_drafter
+from dspark.models.causal_drafter import check_vocabulary, is_causal_lm
 from dspark.models.checkpoint import fingerprint, load_drafter, read_config
-from dspark.models.drafter import FeatureProjection
+from dspark.models.drafter import DrafterConfig, FeatureProjection
 from dspark.models.hub import fetch_drafter
 from dspark.models.packed_linear import can_pack, pack_linears
 from dspark.models.target import TargetModel
@@ -34,12 +37,17 @@ class LoadedTarget:
     """A target, and the verifier's part of its drafter where there is one."""
 
     target: TargetModel
-    projection: FeatureProjection | None
-    drafter_fingerprint: str
+    projection: FeatureProjection | None  # None: the drafter reads token ids, or there is none
+    drafter_fingerprint: str  # empty without a drafter
     block_size: int  # 0 without a drafter
     context_window: int  # 0: all
     eos_token_ids: tuple[int, ...]
     plain: bool  # nothing is to be drafted, by whatever means
+
+    @property
+    def has_drafter(self) -> bool:
+        """Whether there is a drafter, here or elsewhere."""
+        return bool(self.drafter_fingerprint)
 
 
 def drafter_folder(model: ModelConfig) -> Path | None:
@@ -51,7 +59,7 @@ def drafter_folder(model: ModelConfig) -> Path | None:
         return None
     if not model.drafter:
         return shipped_drafter(model.target)
-    folder = Path(model.drafter)
+    folder = Path(resolve_target(model.drafter))
     if folder.is_dir():
         return folder
     try:
@@ -71,7 +79,8 @@ def load_target(model: ModelConfig) -> LoadedTarget:
         torch.set_num_threads(model.threads)
     folder = drafter_folder(model)
     dtype: torch.dtype = getattr(torch, model.dtype)
-    config = None if folder is None else read_config(folder)
+    reads_tokens = folder is not None and is_causal_lm(folder)
+    config = None if folder is None or reads_tokens else read_config(folder)
     target = TargetModel.load(
         resolve_target(model.target),
         dtype=dtype,
@@ -79,7 +88,9 @@ def load_target(model: ModelConfig) -> LoadedTarget:
         tap_layer_ids=() if config is None else config.target_layer_ids,
     )
     projection = None
-    if folder is not None:
+    if folder is not None and reads_tokens:
+        check_vocabulary(folder, model.target, target.vocab_size)
+    elif folder is not None:
         projection = load_drafter(folder, target).feature_projection
         projection.to(device=model.device, dtype=dtype).requires_grad_(False)
         if can_pack(dtype, model.device):
@@ -88,11 +99,17 @@ def load_target(model: ModelConfig) -> LoadedTarget:
         target=target,
         projection=projection,
         drafter_fingerprint="" if folder is None else fingerprint(folder),
-        block_size=0 if config is None else config.block_size,
+        block_size=_block_size(config, reads_tokens),
         context_window=0 if config is None else config.context_window,
         eos_token_ids=eos_token_ids(target),
         plain=model.drafter == NO_DRAFTER,
     )
+
+
+def _block_size(config: DrafterConfig | None, reads_tokens: bool) -> int:
+    if config is not None:
+        return config.block_size
+    return AutoregressiveBlocks.block_size if reads_tokens else 0
 
 
 def load_draft_engine(
@@ -105,14 +122,18 @@ def load_draft_engine(
     folder = drafter_folder(model)
     if folder is None:
         raise ConfigError(
-            f"no drafter is known for {model.target!r}: train one with `dspark train` and name its "
-            "folder as the drafter"
+            f"no drafter is known for {model.target!r}: train one with `dspark train`, or choose a "
+            "small causal LM of the same vocabulary, and name its folder as the drafter"
         )
+    dtype: torch.dtype = getattr(torch, model.dtype)
     if target is None:
-        target = StoredEnds(
-            resolve_target(model.target), dtype=getattr(torch, model.dtype), device=model.device
-        )
-    drafter = load_drafter(folder, target).for_inference(getattr(torch, model.dtype), model.device)
+        target = StoredEnds(resolve_target(model.target), dtype=dtype, device=model.device)
+    drafter: Drafter
+    if is_causal_lm(folder):
+        check_vocabulary(folder, model.target, target.vocab_size)
+        drafter = AutoregressiveBlocks(TargetModel.load(folder, dtype=dtype, device=model.device))
+    else:
+        drafter = DSparkBlocks(load_drafter(folder, target).for_inference(dtype, model.device))
     engine = DraftEngine(drafter, pages_for(draft.cache_tokens) + 1)
     engine.warm_up()
     return engine
@@ -125,13 +146,13 @@ def make_verifier(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> VerifierEngine:
     """A verifier with a step-time table measured here and now, if its policy needs one."""
-    speculative = link is not None and loaded.projection is not None
+    link = link if loaded.has_drafter else None
     lookup = PromptLookup() if engine.prompt_lookup and not loaded.plain else None
     verifier = VerifierEngine(
         loaded.target,
         engine,
-        projection=loaded.projection if speculative else None,
-        link=link if speculative else None,
+        projection=None if link is None else loaded.projection,
+        link=link,
         lookup=lookup,
         block_size=loaded.block_size or LOOKUP_BLOCK_SIZE,
         context_window=loaded.context_window,

@@ -1,57 +1,27 @@
-"""The draft side: sessions of context keys and values, and blocks drafted for many at once."""
+"""The draft side: context taken in, and blocks drafted for many sessions at once."""
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
-import numpy as np
 import torch
 
-from dspark.decoding.drawing import INDEPENDENT, DrawnBlocks, DrawRules
-from dspark.engine.pages import PagePool
-from dspark.engine.sequence import pages_for
-from dspark.kernels.attention_plan import PAGE_SIZE, Pages, plan_attention
+from dspark.decoding.drawing import INDEPENDENT, DrawnBlocks
+from dspark.engine.draft_sessions import DraftSessions, Rows
 from dspark.kernels.cpu import operators
-from dspark.kernels.transfer import to_device, to_host
-from dspark.models.draft_forward import draft_forward
-from dspark.models.drafter import DSparkDrafter
+from dspark.kernels.transfer import to_host
 from dspark.models.kv_cache import PagedKVCache
 from dspark.types import BlockProposal, DraftWork, Fence, ResyncRequest, SamplingParams
-
-log = logging.getLogger(__name__)
 
 CANDIDATES = 64  # K: entries of a sparse proposal law
 
 
-@dataclass(slots=True, eq=False)
-class _Session:
-    epoch: int
-    pages: Pages  # of positions 0 on; 0 where no context is held
-    begin: int  # context is known from here
-    length: int  # up to here
-
-    @property
-    def held(self) -> list[int]:
-        return [page for page in self.pages.tolist() if page]
-
-
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """Context rows that are to be written."""
-
-    name: str
-    session: _Session
-    features: torch.Tensor  # [n, d]
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """Blocks of one size, on the device."""
+class Draft:
+    """Blocks that were drawn together, on the device. A work's block is as long as it asks for."""
 
     works: list[DraftWork]
     kinds: list[int]
@@ -70,76 +40,89 @@ class _Draft:
         return [
             BlockProposal(
                 fence=work.fence,
-                token_ids=token_ids[s],
-                confidences=confidences[s],
-                candidate_ids=ids[s] if kind == INDEPENDENT else None,
-                candidate_probs=probs[s] if kind == INDEPENDENT else None,
+                token_ids=token_ids[s, : work.block_size],
+                confidences=confidences[s, : work.block_size],
+                candidate_ids=ids[s, : work.block_size] if kind == INDEPENDENT else None,
+                candidate_probs=probs[s, : work.block_size] if kind == INDEPENDENT else None,
             )
             for s, (work, kind) in enumerate(zip(self.works, self.kinds, strict=True))
         ]
 
 
+class Drafter(Protocol):
+    """A model that drafts, ready for inference: DSparkBlocks, or AutoregressiveBlocks."""
+
+    block_size: int  # γ, the longest block
+    vocab_size: int  # V, the target's
+    feature_width: int  # d of the features that it reads; 0: it reads token ids
+    context_window: int  # context rows that a block sees; 0: all
+    trained_length: int  # positions; 0: not known
+    device: torch.device
+
+    def rows(self, block_size: int) -> int:
+        """Rows that a block of so many draft tokens takes."""
+
+    def draft(
+        self,
+        rows: Seq[Rows],
+        wanting: Seq[Rows],  # among them
+        kv: PagedKVCache,
+        candidates: int,  # K
+    ) -> list[Draft]:
+        """Write all rows, in order; then a block after each of those that want one."""
+
+
 class DraftEngine:
     """Drafts blocks. Not thread-safe: one thread owns it."""
 
-    def __init__(self, drafter: DSparkDrafter, num_pages: int) -> None:
-        """`drafter` is frozen and has the type and device that it runs in."""
-        self.config = drafter.config
-        self._dtype, self._device = drafter.norm.weight.dtype, drafter.norm.weight.device
-        self._drafter, self._forward = drafter, draft_forward(drafter)
-        self._pool = PagePool(num_pages)
-        self._kv = PagedKVCache(num_pages, self._device)
-        self._sessions: OrderedDict[str, _Session] = OrderedDict()  # least recently used first
-        self._trained_length = drafter.config.trained_length  # not warned about yet; 0: it was
+    def __init__(self, drafter: Drafter, num_pages: int) -> None:
+        self.drafter = drafter
+        self._kv = PagedKVCache(num_pages, drafter.device)
+        self.held = DraftSessions(
+            num_pages,
+            context_window=drafter.context_window,
+            trained_length=drafter.trained_length,
+            rows=drafter.rows,
+        )
 
     @property
     def sessions(self) -> int:
         """Sessions that hold context."""
-        return len(self._sessions)
+        return len(self.held.names)
 
     def warm_up(self) -> None:
         """Pay for first uses, the cache's memory above all, before the first work comes."""
-        features = torch.zeros(1, self.config.hidden_size, dtype=self._dtype)
+        width = self.drafter.feature_width
         work = DraftWork(
             fence=Fence("", 0, 0, 2),
             feature_start=0,
-            features=features,
+            features=torch.zeros(1 if width else 0, width),
             anchor_token_id=0,
-            block_size=self.config.block_size,
+            block_size=self.drafter.block_size,
             sampling=SamplingParams(temperature=0.0),
+            token_ids=None if width else torch.zeros(1, dtype=torch.int64),
         )
         self.run([work])
         self.free("")
 
     def free(self, session: str) -> None:
         """Forget a session; an unknown one is nothing to do."""
-        held = self._sessions.pop(session, None)
-        if held is not None:
-            self._pool.release(held.held)
+        self.held.free(session)
 
     def check_pages(self) -> None:
         """RuntimeError if a page is lost or held twice."""
-        self._pool.check(session.held for session in self._sessions.values())
+        self.held.check_pages()
 
     @torch.inference_mode()
     def run(self, works: Seq[DraftWork]) -> tuple[list[BlockProposal], list[ResyncRequest]]:
-        """Ingest features, then draft a block for each work that wants one.
+        """Take in context, then draft a block for each work that wants one.
 
-        A work whose features leave a gap after what its session holds is answered with a resync
-        request for that session, and concerns no other.
+        A work whose context leaves a gap after what its session holds is answered with a resync
+        request for that session, and concerns no other. A stale one gets no block.
         """
         operators.spread_threads()
-        ready: list[DraftWork] = []
-        resyncs: list[ResyncRequest] = []
-        rows: list[_Rows] = []
-        for work in works:
-            have = self._ingest(work, rows)
-            if have is not None:
-                resyncs.append(ResyncRequest(work.fence.session, work.fence.epoch, have))
-            elif work.block_size > 0:
-                ready.append(work)
-        self._write(rows)
-        drafts = [self._draft(own, size) for size, own in sorted(self._current(ready).items())]
+        rows, resyncs = self.held.take_in(works)
+        drafts = self.drafter.draft(rows, self.held.wanting(rows), self._kv, CANDIDATES)
         arrived = iter(to_host([tensor for draft in drafts for tensor in draft.drawn.tensors]))
         proposals = [
             proposal
@@ -147,118 +130,3 @@ class DraftEngine:
             for proposal in draft.proposals(*islice(arrived, len(draft.drawn.tensors)))
         ]
         return proposals, resyncs
-
-    def _ingest(self, work: DraftWork, rows: list[_Rows]) -> int | None:
-        """Take in a work's features; the length held, if they do not connect to it."""
-        fence = work.fence
-        session = self._sessions.get(fence.session)
-        if session is not None and session.epoch != fence.epoch:
-            self.free(fence.session)  # the request lives on another verifier now: start over
-            session = None
-        start, end = work.feature_start, work.feature_start + len(work.features)
-        have = 0 if session is None else session.length
-        length = max(have, end)
-        seen_from = self._seen_from(length)
-        if session is None or start > have:
-            begin = start  # what was held before a gap is of no use
-        else:
-            begin = min(start, session.begin) if end >= session.begin else session.begin
-        if work.block_size:
-            # Features of all that the block sees, and of all committed tokens but the anchor.
-            if begin > seen_from:
-                return have if start > have else 0
-            if end != fence.committed_len - 1:
-                return have
-        elif begin and not self.config.context_window:
-            return have
-        if session is None:
-            session = _Session(fence.epoch, np.zeros(0, dtype=np.int32), 0, 0)
-            self._sessions[fence.session] = session
-        self._sessions.move_to_end(fence.session)
-        block = self.config.rows(work.block_size) if work.block_size else 0
-        if 0 < self._trained_length < length + block:
-            log.warning(
-                "a session of %d tokens is past the %d positions that the drafter was trained for "
-                "(max_position_embeddings): less may be accepted from there on",
-                length + block,
-                self._trained_length,
-            )
-            self._trained_length = 0
-        if not self._hold(session, fence.session, max(begin, seen_from), length + block):
-            self.free(fence.session)
-            return 0
-        first = max(start, seen_from)
-        if end > first:
-            rows.append(_Rows(fence.session, session, work.features[first - start :], first))
-        session.begin, session.length = begin, length
-        return None
-
-    def _seen_from(self, length: int) -> int:
-        """The first position that blocks after `length` see."""
-        window = self.config.context_window
-        return max(0, length - window) if window else 0
-
-    def _hold(self, session: _Session, name: str, begin: int, end: int) -> bool:
-        """Have pages for positions begin..end-1, from idle sessions if need be, and none before."""
-        first, last = begin // PAGE_SIZE, pages_for(end)
-        passed = session.pages[:first]
-        self._pool.release(page for page in passed.tolist() if page)
-        passed[:] = 0
-        if last > len(session.pages):
-            session.pages = np.pad(session.pages, (0, last - len(session.pages)))
-        wanted = first + np.flatnonzero(session.pages[first:last] == 0)
-        while self._pool.free < len(wanted):
-            idle = next((s for s in self._sessions if s != name), None)
-            if idle is None:
-                return False
-            self.free(idle)  # its owner will be asked to send the features again
-        pages = self._pool.allocate(len(wanted))
-        assert pages is not None
-        session.pages[wanted] = pages
-        return True
-
-    def _write(self, rows: list[_Rows]) -> None:
-        # A session may have been evicted by a later one of the same batch.
-        rows = [row for row in rows if self._sessions.get(row.name) is row.session]
-        if not rows:
-            return
-        features = torch.cat([row.features for row in rows])
-        where = plan_attention(
-            [row.session.pages for row in rows],
-            [row.start for row in rows],
-            [len(row.features) for row in rows],
-            self._device,
-        )
-        (features,) = to_device([features], self._device)
-        placed = where.placed
-        features = features.to(self._device, self._dtype)
-        self._forward.write_context(features, placed.positions, placed.slots, self._kv)
-
-    def _current(self, works: Seq[DraftWork]) -> dict[int, list[DraftWork]]:
-        """By block size, works whose session is where they think it is; a stale one wants none."""
-        of: dict[int, list[DraftWork]] = {}
-        for work in works:
-            session = self._sessions.get(work.fence.session)
-            if session is not None and session.length == work.fence.committed_len - 1:
-                of.setdefault(work.block_size, []).append(work)
-        return of
-
-    def _draft(self, works: list[DraftWork], size: int) -> _Draft:
-        sessions = [self._sessions[work.fence.session] for work in works]
-        window, rows = self.config.context_window, self.config.rows(size)
-        plan = plan_attention(
-            [session.pages for session in sessions],
-            [session.length for session in sessions],
-            [rows] * len(works),
-            self._device,
-            block=True,
-            window=window + rows if window else None,
-        )
-        anchors = torch.tensor([w.anchor_token_id for w in works])
-        tokens = self._drafter.block_tokens(anchors, size)
-        tokens, anchors = plan.move(tokens.flatten(), anchors)
-        hidden = self._forward.hidden(tokens, plan, self._kv).view(len(works), rows, -1)
-        hidden = self._drafter.predicting(hidden).contiguous()
-        rules = DrawRules.of([w.fence for w in works], [w.sampling for w in works], size)
-        drawn = self._forward.draw(hidden, anchors, rules, CANDIDATES)
-        return _Draft(works, rules.kinds.tolist(), drawn)

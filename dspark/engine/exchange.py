@@ -1,4 +1,4 @@
-"""A verifier's dealings with its drafter: features of committed tokens out, blocks in.
+"""A verifier's dealings with its drafter: committed tokens out, by feature or by id, blocks in.
 
 A block that is under way belongs to one request, which takes no part in steps until it has come or
 its deadline has passed; what others do meanwhile is the engine's affair.
@@ -7,7 +7,7 @@ its deadline has passed; what others do meanwhile is the engine's affair.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ class DraftExchange:
     def ask(
         self,
         sequences: Collection[Sequence],  # that are to be drafted for
-        features: FeatureStore,
+        features: FeatureStore | None,  # None: the drafter reads token ids
         block_size: int,  # 0: no blocks
         *,
         rest: int = 0,  # rounds until blocks are wanted again
@@ -135,10 +135,12 @@ class DraftExchange:
                 room = max(0, room - (end - start))
                 pieces.append((sequence, start, end, size))
         if pieces:
-            # one look-up for all, since on a GPU each costs as much as many rows
-            slots = np.concatenate([one.slots(start, end) for one, start, end, _ in pieces])
-            rows = features.rows(torch.from_numpy(slots))
-            parts = rows.split([end - start for _, start, end, _ in pieces])
+            parts: Iterable[torch.Tensor | None] = [None] * len(pieces)
+            if features is not None:
+                # one look-up for all, since on a GPU each costs as much as many rows
+                slots = np.concatenate([one.slots(start, end) for one, start, end, _ in pieces])
+                rows = features.rows(torch.from_numpy(slots))
+                parts = rows.split([end - start for _, start, end, _ in pieces])
             works = [self._work(*piece, part) for piece, part in zip(pieces, parts, strict=True)]
             self._link.submit(works)
         return any(size for *_, size in pieces)
@@ -157,12 +159,16 @@ class DraftExchange:
         return max(0, len(sequence.tokens) - 1 - self._window) if self._window else 0
 
     def _work(
-        self, sequence: Sequence, start: int, end: int, size: int, features: torch.Tensor
+        self, sequence: Sequence, start: int, end: int, size: int, features: torch.Tensor | None
     ) -> DraftWork:
         fence = sequence.fence()
         sequence.sent_features = end
         if size:
             sequence.wanted_block, sequence.asked_at = fence, time.monotonic()
+        token_ids = None
+        if features is None:
+            features = torch.zeros(0, 0)
+            token_ids = torch.tensor(sequence.tokens[start:end], dtype=torch.int64)
         return DraftWork(
             fence=fence,
             feature_start=start,
@@ -170,4 +176,5 @@ class DraftExchange:
             anchor_token_id=sequence.tokens[-1],
             block_size=size,
             sampling=sequence.request.sampling,
+            token_ids=token_ids,
         )

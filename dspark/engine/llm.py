@@ -76,9 +76,9 @@ class LLM:
         self.tokenizer: Any = load_tokenizer(target)
         self._loaded = load_target(model)
         self._link: DraftLink | None = None
-        if self._loaded.projection is not None and make_link is not None:
+        if self._loaded.has_drafter and make_link is not None:
             self._link = make_link(self._loaded)
-        elif self._loaded.projection is not None:
+        elif self._loaded.has_drafter:
             self._link = LocalDraftLink(
                 load_draft_engine(model, DraftConfig(), self._loaded.target)
             )

@@ -68,15 +68,15 @@ class VerifierEngine:
         target: TargetModel,
         config: EngineConfig,
         *,
-        projection: FeatureProjection | None = None,
+        projection: FeatureProjection | None = None,  # None: the drafter reads token ids
         link: DraftLink | None = None,
         lookup: PromptLookup | None = None,  # drafts while the link is down, or there is none
         block_size: int = 0,
         context_window: int = 0,
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:
-        if (projection is None) != (link is None):
-            raise ValueError("a draft link needs the drafter's feature projection, and vice versa")
+        if projection is not None and link is None:
+            raise ValueError("features are projected for a drafter only: give its link too")
         self.target = target
         self.config = config
         self._times: RoundTimes | None = None
@@ -370,7 +370,7 @@ class VerifierEngine:
 
         What the drafter is not sent now is sent when it is there again.
         """
-        plan, features, lookup = self._current_plan(), self._features, self._lookup
+        plan, lookup = self._current_plan(), self._lookup
         self._drafting = 0
         sequences = [s for s in sequences if s.request.sampling.speculate]
         if plan.policy is VerificationPolicy.OFF or not sequences:
@@ -389,8 +389,8 @@ class VerifierEngine:
             )
             rest = self._gate.rest
             self._drafting = 0 if exchange is None else size
-        if exchange is not None and features is not None:
-            if exchange.ask(sequences, features, size, rest=rest):
+        if exchange is not None:
+            if exchange.ask(sequences, self._features, size, rest=rest):
                 self._asked = size
         elif lookup is not None and size:
             self._look_up(lookup, sequences, size)

@@ -61,6 +61,7 @@ _ASIDE = (
     "transformers_version",
     "num_anchors",
 )
+_CHUNK_BYTES = 1 << 22
 _NUM_ANCHORS = 512  # of training; DeepSpec's own loader insists on the field
 
 
@@ -191,10 +192,18 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Names a drafter's exact weights, so that verifier and draft can tell that they agree."""
-    digest = sha256((Path(folder) / CONFIG_FILE).read_bytes())
-    for path in _weight_files(Path(folder)):
-        digest.update(path.read_bytes())
+    """Names a drafter's exact weights, so that verifier and draft can tell that they agree.
+
+    CheckpointError if a file of theirs cannot be read.
+    """
+    digest = sha256()
+    try:
+        for path in (Path(folder) / CONFIG_FILE, *_weight_files(Path(folder))):
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+    except OSError as error:
+        raise CheckpointError(f"cannot read the drafter in {folder}: {error}") from error
     return digest.hexdigest()[:16]
 
 

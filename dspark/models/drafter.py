@@ -33,6 +33,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from dspark.decoding.drawing import likeliest_logit
 from dspark.errors import CheckpointError
 from dspark.models import families
 from dspark.models.sequential_head import ConfidenceHead, check_head, sequential_head
@@ -276,13 +277,12 @@ class DSparkDrafter(nn.Module):
     ) -> torch.Tensor:  # [...]
         """Of the chance that the token to be drawn is accepted.
 
-        Without a confidence head, that of the likeliest token: a first guess for calibration, and
-        like the head's it does not depend on which token is drawn.
+        Without a confidence head, that of the likeliest token, for calibration to begin with.
         """
         if self.confidence_head is not None:
             out: torch.Tensor = self.confidence_head(hidden, embedded)
             return out
-        return torch.logit(logits.detach().float().softmax(dim=-1).amax(dim=-1), eps=1e-6)
+        return likeliest_logit(logits.detach())
 
     def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [..., d] -> [..., V_d]
         """U: the target's LM head on the draft vocabulary."""

@@ -1,6 +1,7 @@
 """Drafters by Hugging Face id: `owner/name`, or `owner/name@revision`.
 
-Only what a drafter is made of is fetched: configuration, safetensors and their index. The hub's own
+Only what a drafter is made of is fetched: configuration, safetensors and, of a causal LM, the
+tokenizer that tells its vocabulary. The hub's own
 settings hold: HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT, HF_TOKEN. What is in its cache already is not
 fetched again.
 """
@@ -14,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from dspark.errors import DownloadError
 
-_WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # no code, no pickles
 _IN_FOLDERS = ["*/*"]
 
 

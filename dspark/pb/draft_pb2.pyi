@@ -48,20 +48,22 @@ class WorkBatch(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., works: _Optional[_Iterable[_Union[DraftWork, _Mapping]]] = ...) -> None: ...
 
 class DraftWork(_message.Message):
-    __slots__ = ("fence", "feature_start", "features", "anchor_token_id", "block_size", "sampling")
+    __slots__ = ("fence", "feature_start", "features", "anchor_token_id", "block_size", "sampling", "token_ids")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     FEATURE_START_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     ANCHOR_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     fence: Fence
     feature_start: int
     features: bytes
     anchor_token_id: int
     block_size: int
     sampling: _common_pb2.Sampling
-    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., feature_start: _Optional[int] = ..., features: _Optional[bytes] = ..., anchor_token_id: _Optional[int] = ..., block_size: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ...) -> None: ...
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., feature_start: _Optional[int] = ..., features: _Optional[bytes] = ..., anchor_token_id: _Optional[int] = ..., block_size: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FreeSessions(_message.Message):
     __slots__ = ("sessions",)

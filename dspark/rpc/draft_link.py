@@ -108,11 +108,11 @@ class RemoteDraftLink:
         parts = rows.split([len(work.features) for work in works])
         for work, part in zip(works, parts, strict=True):
             message = work_to_pb(replace(work, features=part))
-            if batch and size + len(message.features) > _MAX_BATCH_BYTES:
+            if batch and size + message.ByteSize() > _MAX_BATCH_BYTES:
                 self._send_batch(batch, fences)
                 batch, size, fences = [], 0, set()
             batch.append(message)
-            size += len(message.features)
+            size += message.ByteSize()
             if work.block_size:
                 fences.add(work.fence)
         if batch:

@@ -37,9 +37,9 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
         max_streams: int,
     ) -> None:
         self._worker = worker
-        self._block_size = engine.config.block_size
-        self._width = engine.config.hidden_size
-        self._vocab_size = engine.config.vocab_size
+        self._block_size = engine.drafter.block_size
+        self._width = engine.drafter.feature_width
+        self._vocab_size = engine.drafter.vocab_size
         self._incarnation = incarnation
         self._fingerprint = drafter_fingerprint
         self._max_streams = max_streams
@@ -82,8 +82,8 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
             )
         if hello.drafter_fingerprint != self._fingerprint:
             raise ProtocolError(
-                f"this draft service hosts drafter {self._fingerprint}, the verifier projects "
-                f"features for {hello.drafter_fingerprint}: give both the same checkpoint"
+                f"this draft service hosts drafter {self._fingerprint}, the verifier is set up "
+                f"for {hello.drafter_fingerprint}: give both the same checkpoint"
             )
         if self._open >= self._max_streams:
             raise OverloadedError(f"{self._open} verifiers are connected, the most allowed")

@@ -109,7 +109,7 @@ class VerifierReplica:
         await asyncio.to_thread(self._runner.stop)
 
     async def _make_link(self, loaded: LoadedTarget) -> RemoteDraftLink | None:
-        if loaded.projection is None:
+        if not loaded.has_drafter:
             return None
         return RemoteDraftLink(
             self._incarnation, loaded.drafter_fingerprint, loaded.target.vocab_size

@@ -13,8 +13,10 @@ from helpers.tokenizer import byte_level
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dspark.config import EngineConfig
+from dspark.engine.autoregressive import AutoregressiveBlocks
 from dspark.engine.draft_link import DraftLink, DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
+from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.engine.lookup import PromptLookup
 from dspark.engine.verifier import VerifierEngine
 from dspark.models.checkpoint import save_drafter
@@ -111,6 +113,23 @@ def tiny_drafter(
     return drafter.for_inference(torch.float32)
 
 
+def tiny_causal_drafter(vocab: int = 32, like: int = 0, apart: float = 0.05) -> TargetModel:
+    """A causal LM that nearly agrees with the tiny target of seed `like`, its layers one fewer."""
+    model = hf_model(vocab=vocab, seed=like)
+    torch.manual_seed(99)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += apart * torch.randn_like(parameter)
+    model.model.layers = model.model.layers[:-1]
+    model.config.num_hidden_layers -= 1
+    return TargetModel(model)
+
+
+def autoregressive_link(model: TargetModel, num_pages: int = 64) -> LocalDraftLink:
+    """A causal LM as a drafter in this process."""
+    return LocalDraftLink(DraftEngine(AutoregressiveBlocks(model), num_pages))
+
+
 def save_models(folder: Path, block_size: int = 4) -> tuple[Path, Path]:
     """A target with its tokenizer, and a drafter, as users have them: two folders."""
     tokenizer = byte_level()
@@ -134,7 +153,7 @@ def tiny_engine(
 ) -> VerifierEngine:
     """A verifier engine over tiny models; fixed blocks unless told otherwise."""
     if drafter is not None and link is None:
-        link = LocalDraftLink(DraftEngine(drafter, num_pages=64))
+        link = LocalDraftLink(DraftEngine(DSparkBlocks(drafter), num_pages=64))
     config = EngineConfig(**{"policy": "fixed", "cache_tokens": 2048, **settings})
     return VerifierEngine(
         target,
@@ -185,7 +204,7 @@ class RecordingLink(LocalDraftLink):
     """A drafter in this process; keeps every block, by request and committed length."""
 
     def __init__(self, drafter: DSparkDrafter, num_pages: int = 64) -> None:
-        self.engine = DraftEngine(drafter, num_pages)
+        self.engine = DraftEngine(DSparkBlocks(drafter), num_pages)
         super().__init__(self.engine)
         self.blocks: dict[tuple[str, int], list[int]] = {}
 

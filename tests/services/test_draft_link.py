@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
 import pytest
 import torch
-from helpers.tiny import Tally, run, tiny_drafter, tiny_engine, tiny_target
+from helpers.tiny import (
+    Tally,
+    run,
+    tiny_causal_drafter,
+    tiny_drafter,
+    tiny_engine,
+    tiny_target,
+)
 
-from dspark.engine.drafting import DraftEngine
+from dspark.engine.autoregressive import AutoregressiveBlocks
+from dspark.engine.drafting import DraftEngine, Drafter
+from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.engine.lookup import PromptLookup
 from dspark.pb import draft_pb2 as pb
 from dspark.pb import draft_pb2_grpc
@@ -33,9 +42,15 @@ REQUESTS = [
 GREEDY = REQUESTS[:2]
 
 
+def dspark() -> Drafter:
+    return DSparkBlocks(tiny_drafter(TARGET))
+
+
 @contextmanager
-def worker() -> Iterator[tuple[DraftWorker, DraftEngine]]:
-    engine = DraftEngine(tiny_drafter(TARGET), num_pages=64)
+def worker(
+    drafter: Callable[[], Drafter] = dspark,
+) -> Iterator[tuple[DraftWorker, DraftEngine]]:
+    engine = DraftEngine(drafter(), num_pages=64)
     made = DraftWorker(engine, 64, lambda error: None)
     made.start()
     yield made, engine
@@ -54,8 +69,10 @@ async def serving(servicer: Any, port: int = 0) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def draft_service(port: int = 0) -> AsyncIterator[str]:
-    with worker() as (made, engine):
+async def draft_service(
+    port: int = 0, drafter: Callable[[], Drafter] = dspark
+) -> AsyncIterator[str]:
+    with worker(drafter) as (made, engine):
         servicer = DraftServicer(
             made, engine, incarnation="d", drafter_fingerprint=WEIGHTS, max_streams=4
         )
@@ -99,6 +116,18 @@ async def test_output_is_the_targets_and_drafts_are_accepted() -> None:
     async with draft_service() as address, link_to(address) as link:
         await connected(link)
         tally = await generate(link)
+    assert tally.drafted > 0, "INCONCLUSIVE: nothing was drafted"
+    assert tally.accepted > 0, "INCONCLUSIVE: nothing was accepted"
+    assert greedy_part(tally) == plain()
+
+
+async def test_a_causal_lm_drafts_from_token_ids() -> None:
+    def causal() -> Drafter:
+        return AutoregressiveBlocks(tiny_causal_drafter())
+
+    async with draft_service(drafter=causal) as address, link_to(address) as link:
+        await connected(link)
+        tally = await asyncio.to_thread(run, tiny_engine(TARGET, link=link), REQUESTS)
     assert tally.drafted > 0, "INCONCLUSIVE: nothing was drafted"
     assert tally.accepted > 0, "INCONCLUSIVE: nothing was accepted"
     assert greedy_part(tally) == plain()

@@ -65,6 +65,16 @@ def test_work_round_trips(fence: Fence, rows: int, block: int, sampling: Samplin
     assert replace(back, features=work.features) == work
 
 
+@given(fences, st.lists(st.integers(0, VOCAB - 1), max_size=9))
+def test_work_of_token_ids_round_trips(fence: Fence, tokens: list[int]) -> None:
+    ids = torch.tensor(tokens, dtype=torch.int64)
+    work = DraftWork(fence, 7, torch.zeros(0, 0), 5, 4, SamplingParams(), ids)
+    back = wire.work_from_pb(wire.work_to_pb(work), 0, VOCAB)
+    assert back.token_ids is not None
+    assert back.context.tolist() == tokens
+    assert replace(back, features=work.features, token_ids=ids) == work
+
+
 @given(fences, st.integers(1, 5), st.integers(0, 8))
 def test_proposals_round_trip(fence: Fence, size: int, k: int) -> None:
     rng = np.random.default_rng(size * 10 + k)
@@ -107,6 +117,7 @@ def good_work() -> draft_pb2.DraftWork:
         (lambda m: setattr(m.sampling, "top_p", 0.0), "top_p"),
         (lambda m: setattr(m.sampling, "temperature", float("nan")), "temperature"),
         (lambda m: setattr(m.sampling, "mode", 9), "mode 9"),
+        (lambda m: m.token_ids.append(1), "without token ids"),
     ],
 )
 def test_work_outside_the_contract_is_refused(spoil: Callable[[Any], None], match: str) -> None:
@@ -114,6 +125,25 @@ def test_work_outside_the_contract_is_refused(spoil: Callable[[Any], None], matc
     spoil(message)
     with pytest.raises(ProtocolError, match=match):
         wire.work_from_pb(message, WIDTH, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda m: m.token_ids.append(VOCAB), f"below {VOCAB}"),
+        (lambda m: setattr(m, "features", b"odd"), "no features"),
+        (lambda m: setattr(m, "feature_start", wire.MAX_POSITION - 1), "position"),
+    ],
+)
+def test_token_ids_outside_the_contract_are_refused(
+    spoil: Callable[[Any], None], match: str
+) -> None:
+    ids = torch.tensor([1, 2])
+    work = DraftWork(Fence("s", 0, 0, 3), 0, torch.zeros(0, 0), 5, 4, SamplingParams(), ids)
+    message = wire.work_to_pb(work)
+    spoil(message)
+    with pytest.raises(ProtocolError, match=match):
+        wire.work_from_pb(message, 0, VOCAB)
 
 
 def good_proposal() -> draft_pb2.BlockProposal:

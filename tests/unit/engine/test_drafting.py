@@ -9,6 +9,7 @@ from scipy import stats
 
 from dspark.engine import drafting
 from dspark.engine.drafting import DraftEngine
+from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.engine.judge import Judged, judge
 from dspark.types import (
     BlockProposal,
@@ -28,7 +29,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def engine(num_pages: int = 32) -> DraftEngine:
-    return DraftEngine(DRAFTER, num_pages)
+    return DraftEngine(DSparkBlocks(DRAFTER), num_pages)
 
 
 def work(
@@ -115,12 +116,12 @@ def test_a_new_epoch_starts_over() -> None:
 
 def test_freeing_gives_everything_back() -> None:
     draft = engine()
-    free = draft._pool.free
+    free = draft.held.pool.free
     draft.run([work(), work("other")])
     assert draft.sessions == 2
     for session in ("s", "other", "s", "unknown"):
         draft.free(session)
-    assert (draft.sessions, draft._pool.free) == (0, free)
+    assert (draft.sessions, draft.held.pool.free) == (0, free)
 
 
 def test_the_least_recently_used_session_makes_room() -> None:

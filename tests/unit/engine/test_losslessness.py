@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import ScriptedLink, Tally, hf_model, run, tiny_drafter, tiny_engine, tiny_target
+from helpers.tiny import (
+    ScriptedLink,
+    Tally,
+    autoregressive_link,
+    hf_model,
+    run,
+    tiny_causal_drafter,
+    tiny_drafter,
+    tiny_engine,
+    tiny_target,
+)
 from scipy import stats
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -240,6 +250,21 @@ def test_rejection_follows_the_target_law_with_prompt_lookup(
     sampling = SamplingParams(top_p=top_p, max_tokens=6)
     p_value = goodness_of_fit(engine, sampling, samples=3000, prompt=prompt)
     assert (p_value > FALSE_ALARM) is lossless
+
+
+@pytest.mark.statistical
+def test_rejection_follows_the_target_law_with_an_autoregressive_drafter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(drafting, "CANDIDATES", 5)
+    engine = tiny_engine(
+        tiny_target(vocab=VOCAB),
+        link=autoregressive_link(tiny_causal_drafter(vocab=VOCAB), num_pages=256),
+        max_requests=64,
+        max_waiting=10_000,
+    )
+    sampling = SamplingParams(temperature=0.9, top_p=0.9, max_tokens=6)
+    assert goodness_of_fit(engine, sampling, samples=3000) > FALSE_ALARM
 
 
 class TellingLink(ScriptedLink):

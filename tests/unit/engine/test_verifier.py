@@ -27,6 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from dspark.engine import exchange
 from dspark.engine.draft_link import DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
+from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.errors import InvalidRequestError, OverloadedError
 from dspark.kernels.attention_plan import PAGE_SIZE
 from dspark.scheduling.step_table import StepTimeTable
@@ -241,7 +242,7 @@ def test_an_abort_gives_everything_back() -> None:
 
 def test_a_drafter_that_forgot_is_sent_the_features_again() -> None:
     drafter = tiny_drafter(TARGET)
-    draft_engine = DraftEngine(drafter, num_pages=64)
+    draft_engine = DraftEngine(DSparkBlocks(drafter), num_pages=64)
 
     class Forgetful(LocalDraftLink):
         rounds = 0
@@ -260,7 +261,7 @@ def test_a_drafter_that_forgot_is_sent_the_features_again() -> None:
 
 def test_a_full_draft_cache_evicts_idle_sessions_and_goes_on() -> None:
     drafter = tiny_drafter(TARGET)
-    link = LocalDraftLink(DraftEngine(drafter, num_pages=8))
+    link = LocalDraftLink(DraftEngine(DSparkBlocks(drafter), num_pages=8))
     requests = [request(str(i), max_tokens=40) for i in range(6)]
     tally = run(tiny_engine(TARGET, drafter, link=link), requests)
     assert tally.drafted > 0
@@ -390,7 +391,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def only_live_requests_are_drafted_for(self) -> None:
-        assert self.link.engine._sessions.keys() <= self.live.keys()
+        assert self.link.engine.held.names <= self.live.keys()
 
     def teardown(self) -> None:
         while self.engine.has_work:

@@ -15,6 +15,7 @@ from helpers.tiny import tiny_drafter, tiny_target
 from safetensors.torch import load_file, save_file
 
 from dspark.engine.drafting import DraftEngine
+from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.errors import CheckpointError, ConfigError
 from dspark.kernels.attention_plan import AttentionPlan
 from dspark.models.checkpoint import (
@@ -48,7 +49,7 @@ def served_block(
     drafter: DSparkDrafter, one: Captured, anchor: int
 ) -> tuple[list[int], list[float]]:
     """Tokens and confidences that the draft engine gives for an anchor, in two feature chunks."""
-    engine = DraftEngine(drafter, num_pages=16)
+    engine = DraftEngine(DSparkBlocks(drafter), num_pages=16)
     features = drafter.feature_projection(one.taps).detach()
     greedy = SamplingParams(temperature=0.0)
     token = int(one.tokens[anchor])

@@ -18,6 +18,7 @@ import torch
 from helpers.families import KINDS, LLAMA_LIKE, WINDOW, drafter_of
 
 from dspark.engine.drafting import DraftEngine
+from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.models.drafter import DSparkDrafter
 from dspark.types import DraftWork, Fence, SamplingParams
 
@@ -211,7 +212,7 @@ def reference(
 
 def served(drafter: DSparkDrafter, taps: torch.Tensor, anchor: int) -> tuple[list[int], Block]:
     """Drawn tokens, and their block as the draft engine gives it."""
-    engine = DraftEngine(drafter, num_pages=2 + (len(taps) + SIZE) // 16)
+    engine = DraftEngine(DSparkBlocks(drafter), num_pages=2 + (len(taps) + SIZE) // 16)
     with torch.no_grad():
         features = drafter.feature_projection(taps)
     work = DraftWork(
