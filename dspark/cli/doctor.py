@@ -133,7 +133,7 @@ def _models(target: str, drafter: str) -> Iterator[Finding]:
             yield Finding(
                 False,
                 f"no drafter for {target}: it would be drafted for by prompt lookup alone",
-                "train one with `dspark train`, or accept it",
+                "train one with `dspark train`, or name a causal LM of the same vocabulary",
             )
             return
         if is_causal_lm(folder):

@@ -42,7 +42,7 @@ class LoadedTarget:
     block_size: int  # 0 without a drafter
     context_window: int  # 0: all
     eos_token_ids: tuple[int, ...]
-    plain: bool  # nothing is to be drafted, by whatever means
+    drafter: str  # as the settings name it
 
     @property
     def has_drafter(self) -> bool:
@@ -102,7 +102,7 @@ def load_target(model: ModelConfig) -> LoadedTarget:
         block_size=_block_size(config, reads_tokens),
         context_window=0 if config is None else config.context_window,
         eos_token_ids=eos_token_ids(target),
-        plain=model.drafter == NO_DRAFTER,
+        drafter=model.drafter,
     )
 
 
@@ -145,15 +145,23 @@ def make_verifier(
     link: DraftLink | None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> VerifierEngine:
-    """A verifier with a step-time table measured here and now, if its policy needs one."""
+    """A verifier with a step-time table measured here and now, if its policy needs one.
+
+    ConfigError if the settings contradict each other.
+    """
     link = link if loaded.has_drafter else None
-    lookup = PromptLookup() if engine.prompt_lookup and not loaded.plain else None
+    if loaded.drafter == PROMPT_LOOKUP and not engine.prompt_lookup:
+        raise ConfigError(
+            f"the drafter is {PROMPT_LOOKUP!r} and prompt_lookup is false: switch it on, or name "
+            f"{NO_DRAFTER!r} as the drafter"
+        )
+    looks_up = engine.prompt_lookup and loaded.drafter != NO_DRAFTER
     verifier = VerifierEngine(
         loaded.target,
         engine,
         projection=None if link is None else loaded.projection,
         link=link,
-        lookup=lookup,
+        lookup=PromptLookup() if looks_up else None,
         block_size=loaded.block_size or LOOKUP_BLOCK_SIZE,
         context_window=loaded.context_window,
         eos_token_ids=loaded.eos_token_ids,

@@ -70,6 +70,8 @@ def test_prompt_lookup_needs_no_drafter(folders: tuple[str, str]) -> None:
     assert [g.token_ids for g in got] == [g.token_ids for g in want]
     switched_off = EngineConfig(max_requests=2, cache_tokens=1024, prompt_lookup=False)
     assert not LLM(folders[0], dtype="float32", engine=switched_off).speculative
+    with pytest.raises(ConfigError, match="prompt_lookup is false"):
+        LLM(folders[0], "prompt-lookup", dtype="float32", engine=switched_off)
 
 
 def test_more_prompts_than_the_queue_holds_are_answered_in_order(folders: tuple[str, str]) -> None:
