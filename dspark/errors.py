@@ -5,6 +5,7 @@
     ├── ModelNotFoundError       no such model is served              404  NOT_FOUND
     ├── OverloadedError          a bounded queue is full; retry later 429  RESOURCE_EXHAUSTED
     ├── UnavailableError         a part that is needed is not up      503  UNAVAILABLE
+    ├── CalibrationError         a calibration table is damaged, or another drafter's
     ├── CheckpointError          a checkpoint cannot be used
     ├── ConfigError              a setting is wrong
     ├── DownloadError            a model could not be fetched intact
@@ -52,6 +53,12 @@ class UnavailableError(DSparkError):
     """A part that the request needs is not up."""
 
     code = "unavailable"
+
+
+class CalibrationError(DSparkError):
+    """A calibration table is damaged, or of another drafter."""
+
+    code = "bad_calibration"
 
 
 class CheckpointError(DSparkError):

@@ -162,6 +162,9 @@ class VerificationResult:
     verified: int  # tokens that the plan admitted to the target's forward
     accepted: int
     finish_reason: FinishReason | None = None
+    # Raw, of the verified draft tokens; of those emitted only, where the text ended among the
+    # accepted ones, since what became of the rest is not told. `accepted` of these stood.
+    confidences: tuple[float, ...] = ()
 
 
 class VerificationPolicy(StrEnum):

@@ -21,12 +21,13 @@ from dspark.engine.verifier import VerifierEngine
 from dspark.errors import ConfigError, DownloadError
 from dspark.models.builtin import resolve_target, shipped_drafter
 from dspark.models.causal_drafter import check_vocabulary, is_causal_lm
-from dspark.models.checkpoint import fingerprint, load_drafter, read_config
+from dspark.models.checkpoint import fingerprint, load_drafter, read_calibration, read_config
 from dspark.models.drafter import DrafterConfig, FeatureProjection
 from dspark.models.hub import fetch_drafter
 from dspark.models.packed_linear import can_pack, pack_linears
 from dspark.models.target import TargetModel
 from dspark.models.target_ends import StoredEnds, TargetEnds
+from dspark.scheduling.calibration import CalibrationTable
 
 NO_DRAFTER = "none"  # decode plainly
 PROMPT_LOOKUP = "prompt-lookup"  # draft from requests' own text alone
@@ -41,6 +42,7 @@ class LoadedTarget:
     drafter_fingerprint: str  # empty without a drafter
     block_size: int  # 0 without a drafter
     context_window: int  # 0: all
+    calibration: CalibrationTable | None  # the drafter's, where it has one
     eos_token_ids: tuple[int, ...]
     drafter: str  # as the settings name it
 
@@ -101,6 +103,7 @@ def load_target(model: ModelConfig) -> LoadedTarget:
         drafter_fingerprint="" if folder is None else fingerprint(folder),
         block_size=_block_size(config, reads_tokens),
         context_window=0 if config is None else config.context_window,
+        calibration=None if folder is None else read_calibration(folder),
         eos_token_ids=eos_token_ids(target),
         drafter=model.drafter,
     )
@@ -164,6 +167,7 @@ def make_verifier(
         lookup=PromptLookup() if looks_up else None,
         block_size=loaded.block_size or LOOKUP_BLOCK_SIZE,
         context_window=loaded.context_window,
+        calibration=None if link is None else loaded.calibration,
         eos_token_ids=loaded.eos_token_ids,
     )
     verifier.warm_up()

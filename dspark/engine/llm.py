@@ -34,6 +34,7 @@ class Generation:
     steps: int = 0  # target steps that emitted tokens
     accepted_lengths: list[int] = field(default_factory=list)  # draft tokens accepted, by step
     verified_lengths: list[int] = field(default_factory=list)
+    confidences: list[tuple[float, ...]] = field(default_factory=list)  # of VerificationResult
 
     @property
     def accepted_length(self) -> float:
@@ -51,6 +52,7 @@ class Generation:
         self.steps += 1
         self.accepted_lengths.append(result.accepted)
         self.verified_lengths.append(result.verified)
+        self.confidences.append(result.confidences)
 
 
 class LLM:

@@ -29,6 +29,7 @@ from dspark.kernels.cpu import operators
 from dspark.models.drafter import FeatureProjection
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
+from dspark.scheduling.calibration import CalibrationTable
 from dspark.scheduling.draft_gate import DraftGate
 from dspark.scheduling.planner import Search, plan_lengths
 from dspark.scheduling.round_times import RoundTimes
@@ -73,6 +74,7 @@ class VerifierEngine:
         lookup: PromptLookup | None = None,  # drafts while the link is down, or there is none
         block_size: int = 0,
         context_window: int = 0,
+        calibration: CalibrationTable | None = None,
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:
         if projection is not None and link is None:
@@ -89,6 +91,7 @@ class VerifierEngine:
         if link is not None:
             self._exchange = DraftExchange(link, target.vocab_size, context_window)
         self.block_size = config.block_size or block_size  # γ, where a plan says nothing else
+        self._temperatures = () if calibration is None else calibration.temperatures
         self._plan = StepPlan(policy=VerificationPolicy(config.policy))
         self._plan_until = float("inf")
         self.roster = Roster(
@@ -279,7 +282,9 @@ class VerifierEngine:
         if plan.policy is VerificationPolicy.FIXED or times is None or gate is None:
             return sizes
         # Looked up blocks come with measured chances, and the gate has seen them already.
-        temperatures = () if self._looks_up else plan.confidence_temperatures
+        temperatures = plan.confidence_temperatures or self._temperatures
+        if self._looks_up:
+            temperatures = ()
         survivals = [
             np.zeros(0, dtype=np.float32)
             if block is None
@@ -350,13 +355,16 @@ class VerifierEngine:
         sequence.computed = len(sequence.tokens) - 1
         sequence.round += 1
         sequence.proposal = None
+        accepted = min(verdict.accepted, len(kept))
+        told = turn.verified if accepted == verdict.accepted else accepted
         return VerificationResult(
             request_id=sequence.request.id,
             token_ids=kept,
             drafted=drafted,
             verified=turn.verified,
-            accepted=min(verdict.accepted, len(kept)),
+            accepted=accepted,
             finish_reason=sequence.finish_reason,
+            confidences=tuple(proposal.confidences[:told].tolist()) if proposal and told else (),
         )
 
     def _free_session(self, session: str) -> None:

@@ -4,7 +4,8 @@ config.json is the transformers configuration of the drafter's layers and, besid
 DrafterConfig by their published names. `embed_tokens` and `lm_head` are frozen copies of the
 target's: where a checkpoint has them they are used, and where it has not, the target's are. A
 reduced draft vocabulary brings its map as the tensor `draft_token_ids`. Weights may be sharded.
-Checkpoints of speculators are read as well (dspark.models.speculators).
+Checkpoints of speculators are read as well (dspark.models.speculators). calibration.json, where
+there is one, holds the temperatures of the drafter's confidences.
 
 Only safetensors are read. Every tensor must be accounted for: a missing, extra or misshapen one is
 an error that names it.
@@ -23,14 +24,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dspark.errors import CheckpointError, ConfigError
+from dspark.errors import CalibrationError, CheckpointError, ConfigError
 from dspark.models.drafter import DrafterConfig, DSparkDrafter
 from dspark.models.families import family
 from dspark.models.speculators import deepspec_config, deepspec_tensors, is_speculators
 from dspark.models.target_ends import TargetEnds
+from dspark.scheduling.calibration import MAX_TABLE_BYTES, CalibrationTable
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+CALIBRATION_FILE = "calibration.json"
 _INDEX_FILE = WEIGHTS_FILE + ".index.json"
 _MAP = "draft_token_ids"
 _EMBEDDING, _LM_HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -70,6 +73,8 @@ def save_drafter(
 ) -> None:
     """Write a checkpoint; weights first, so that a folder with a config is whole.
 
+    A calibration table of the folder's former weights is removed.
+
     `whole`: with embedding and LM head, for loaders that want them; ConfigError if the draft
     vocabulary is reduced, which they do not know.
     """
@@ -86,6 +91,7 @@ def save_drafter(
     if config.draft_vocab_size != config.vocab_size:
         tensors[_MAP] = drafter.draft_token_ids.to(torch.int32)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CALIBRATION_FILE).unlink(missing_ok=True)
     partial = folder / (WEIGHTS_FILE + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.chmod(0o644)  # safetensors writes for the owner alone
@@ -205,6 +211,28 @@ def fingerprint(folder: str | Path) -> str:
     except OSError as error:
         raise CheckpointError(f"cannot read the drafter in {folder}: {error}") from error
     return digest.hexdigest()[:16]
+
+
+def save_calibration(folder: str | Path, table: CalibrationTable) -> None:
+    """Put a table beside the weights; CalibrationError if it is not of this drafter."""
+    table.check_fits(read_config(folder).block_size, fingerprint(folder))
+    partial = Path(folder) / (CALIBRATION_FILE + ".partial")
+    partial.write_text(table.to_json() + "\n")
+    partial.replace(Path(folder) / CALIBRATION_FILE)
+
+
+def read_calibration(folder: str | Path) -> CalibrationTable | None:
+    """The table beside the weights, if any; CalibrationError if it is not of this drafter."""
+    path = Path(folder) / CALIBRATION_FILE
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as file:
+            table = CalibrationTable.from_json(file.read(MAX_TABLE_BYTES + 1))
+        table.check_fits(read_config(folder).block_size, fingerprint(folder))
+    except (OSError, CalibrationError) as error:
+        raise CalibrationError(f"{path}: {error}; or remove it, to draft uncalibrated") from error
+    return table
 
 
 def check_fits(config: DrafterConfig, target: TargetEnds) -> None:

@@ -6,20 +6,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dspark.types import FloatArray
+from dspark.types import DoubleArray, FloatArray
 
 _EPS = 1e-6
 
 
 def survival(
-    confidences: FloatArray,  # [γ]
+    confidences: FloatArray,  # [..., γ]
     temperatures: Sequence[float] = (),  # by position; missing ones are 1
-) -> FloatArray:  # [γ], never increasing
+) -> FloatArray:  # [..., γ], never increasing
     """Chance that each draft token and all before it are accepted."""
     calibrated = np.clip(np.asarray(confidences, dtype=np.float64), _EPS, 1.0 - _EPS)
     if len(temperatures):
-        scale = np.ones(len(calibrated))
-        scale[: len(temperatures)] = temperatures[: len(calibrated)]
-        logit = np.log(calibrated / (1.0 - calibrated))
-        calibrated = 1.0 / (1.0 + np.exp(-logit / scale))
-    return np.cumprod(calibrated).astype(np.float32)
+        scale = np.ones(calibrated.shape[-1])
+        scale[: len(temperatures)] = temperatures[: len(scale)]
+        calibrated = tempered(logits(calibrated), scale)
+    return np.cumprod(calibrated, axis=-1).astype(np.float32)
+
+
+def logits(confidences: DoubleArray) -> DoubleArray:
+    """log(c / (1 - c)), finite also for a c of 0 or 1."""
+    inner = np.clip(confidences, _EPS, 1.0 - _EPS)
+    return np.asarray(np.log(inner / (1.0 - inner)))
+
+
+def tempered(confidence_logits: DoubleArray, temperature: float | DoubleArray) -> DoubleArray:
+    """σ(logit / T): a confidence at another temperature."""
+    return np.asarray(1.0 / (1.0 + np.exp(-confidence_logits / temperature)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from dspark import LLM, SamplingParams, VerifyMode
 from dspark.config import EngineConfig
-from dspark.errors import CheckpointError, ConfigError, InvalidRequestError
+from dspark.errors import CalibrationError, CheckpointError, ConfigError, InvalidRequestError
 from dspark.evaluation.losslessness import GreedyReference
+from dspark.models.checkpoint import fingerprint, save_calibration
+from dspark.scheduling.calibration import CalibrationTable
+from dspark.scheduling.survival import survival
+from dspark.types import FloatArray
 
 PROMPTS = ["hello", "quick brown fox", "answer"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40)
@@ -87,6 +93,35 @@ def test_one_set_of_parameters_gives_each_prompt_a_seed_of_its_own(
 ) -> None:
     same = llm(folders, drafted=False).generate([[5, 6]] * 2, SamplingParams(max_tokens=20))
     assert same[0].token_ids != same[1].token_ids
+
+
+def test_each_step_says_what_was_promised_of_its_drafts(folders: tuple[str, str]) -> None:
+    for got in llm(folders).generate(PROMPTS, GREEDY):
+        assert [len(step) for step in got.confidences[:-1]] == got.verified_lengths[:-1]
+        assert any(got.verified_lengths)
+        assert all(0.0 < c < 1.0 for step in got.confidences for c in step)
+        assert got.accepted_lengths[-1] <= len(got.confidences[-1]) <= got.verified_lengths[-1]
+
+
+def test_a_drafters_table_is_what_its_plans_start_with(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = tmp_path / "drafter"
+    shutil.copytree(folders[1], drafter)
+    table = CalibrationTable((2.0, 3.0, 4.0, 5.0), 4, fingerprint(drafter), 1000)
+    save_calibration(drafter, table)
+    seen: set[tuple[float, ...]] = set()
+
+    def watched(confidences: FloatArray, temperatures: tuple[float, ...]) -> FloatArray:
+        seen.add(temperatures)
+        return survival(confidences, temperatures)
+
+    monkeypatch.setattr("dspark.engine.verifier.survival", watched)
+    llm((folders[0], str(drafter)), policy="adaptive").generate(PROMPTS, GREEDY)
+    assert seen == {table.temperatures}
+    (drafter / "calibration.json").write_text(replace(table, drafter_fingerprint="x").to_json())
+    with pytest.raises(CalibrationError, match=r"calibration\.json.*fingerprint 'x'"):
+        llm((folders[0], str(drafter)))
 
 
 def test_what_cannot_be_loaded_or_run_is_said(folders: tuple[str, str], tmp_path: Path) -> None:

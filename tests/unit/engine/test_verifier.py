@@ -72,6 +72,9 @@ def test_nothing_follows_a_stop_token_inside_a_block() -> None:
     assert tally.tokens["a"] == whole[: whole.index(stop) + 1]
     assert tally.results[-1].finish_reason is FinishReason.STOP
     assert tally.accepted > 0
+    # What became of the tokens past the stop is not told, and nor is what was promised of them.
+    last = tally.results[-1]
+    assert last.verified > last.accepted == len(last.confidences)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 7])

@@ -16,20 +16,23 @@ from safetensors.torch import load_file, save_file
 
 from dspark.engine.drafting import DraftEngine
 from dspark.engine.dspark_blocks import DSparkBlocks
-from dspark.errors import CheckpointError, ConfigError
+from dspark.errors import CalibrationError, CheckpointError, ConfigError
 from dspark.kernels.attention_plan import AttentionPlan
 from dspark.models.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     fingerprint,
     load_drafter,
+    read_calibration,
     read_config,
+    save_calibration,
     save_drafter,
 )
 from dspark.models.draft_forward import ModuleDraftForward
 from dspark.models.drafter import DSparkDrafter
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetModel
+from dspark.scheduling.calibration import CalibrationTable
 from dspark.training.capture import Captured, Rows, capture
 from dspark.training.teacher_forcing import force
 from dspark.training.text import Conversation
@@ -184,6 +187,25 @@ def test_a_round_trip_is_exact(checkpoint: Path, tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], tensor), name
     save_drafter(loaded, tmp_path / "again", torch.float32)
     assert fingerprint(tmp_path / "again") == fingerprint(checkpoint)
+
+
+def test_a_calibration_table_is_kept_for_the_drafter_that_it_is_of(checkpoint: Path) -> None:
+    assert read_calibration(checkpoint) is None
+    name, size = fingerprint(checkpoint), read_config(checkpoint).block_size
+    table = CalibrationTable((1.5,) * size, size, name, 1000)
+    save_calibration(checkpoint, table)
+    assert read_calibration(checkpoint) == table
+    assert fingerprint(checkpoint) == name
+    longer = CalibrationTable((1.5,) * (size + 1), size + 1, name, 1000)
+    with pytest.raises(CalibrationError, match=f"block size {size + 1}"):
+        save_calibration(checkpoint, longer)
+    path = checkpoint / "calibration.json"
+    for bad in (longer.to_json(), table.to_json() + " " * 100_000, "{}", table.to_json()[1:]):
+        path.write_text(bad)
+        with pytest.raises(CalibrationError, match=r"calibration\.json.*remove it"):
+            read_calibration(checkpoint)
+    save_drafter(load_drafter(checkpoint, tiny_target()), checkpoint, torch.float32)
+    assert read_calibration(checkpoint) is None
 
 
 def test_every_tensor_is_accounted_for(checkpoint: Path) -> None:
