@@ -183,8 +183,17 @@ class StepPlan:
     policy: VerificationPolicy = VerificationPolicy.ADAPTIVE
     block_size: int = 0  # 0: the drafter's own γ
     max_draft_tokens: int = 0  # ceiling K on draft tokens in one step; 0: no ceiling
-    confidence_temperatures: tuple[float, ...] = ()  # STS (§3.2), by position; empty: 1
     valid_for_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOutcomes:
+    """What was promised of some verified blocks, and how many of their draft tokens stood."""
+
+    confidences: FloatArray  # [N, γ] raw; NaN where not verified
+    verified: IntArray  # [N]
+    accepted: IntArray  # [N]
+    temperatures: tuple[float, ...]  # that the verifier uses, by position; missing ones are 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,3 +213,6 @@ class StepReport:
     committed: int
     free_pages: int
     total_pages: int
+    calibration_epoch: int = 0  # of the table in use; 0: the checkpoint's, or none
+    calibrations_refused: int = 0  # tables of another drafter that came, since the start
+    outcomes: BlockOutcomes | None = None  # every so many steps

@@ -27,7 +27,7 @@ from dspark.models.hub import fetch_drafter
 from dspark.models.packed_linear import can_pack, pack_linears
 from dspark.models.target import TargetModel
 from dspark.models.target_ends import StoredEnds, TargetEnds
-from dspark.scheduling.calibration import CalibrationTable
+from dspark.scheduling.calibration import CalibrationInUse, CalibrationTable
 
 NO_DRAFTER = "none"  # decode plainly
 PROMPT_LOOKUP = "prompt-lookup"  # draft from requests' own text alone
@@ -97,13 +97,14 @@ def load_target(model: ModelConfig) -> LoadedTarget:
         projection.to(device=model.device, dtype=dtype).requires_grad_(False)
         if can_pack(dtype, model.device):
             pack_linears(projection)
+    block_size = _block_size(config, reads_tokens)
     return LoadedTarget(
         target=target,
         projection=projection,
         drafter_fingerprint="" if folder is None else fingerprint(folder),
-        block_size=_block_size(config, reads_tokens),
+        block_size=block_size,
         context_window=0 if config is None else config.context_window,
-        calibration=None if folder is None else read_calibration(folder),
+        calibration=None if folder is None else read_calibration(folder, block_size),
         eos_token_ids=eos_token_ids(target),
         drafter=model.drafter,
     )
@@ -167,7 +168,9 @@ def make_verifier(
         lookup=PromptLookup() if looks_up else None,
         block_size=loaded.block_size or LOOKUP_BLOCK_SIZE,
         context_window=loaded.context_window,
-        calibration=None if link is None else loaded.calibration,
+        calibration=CalibrationInUse(
+            loaded.block_size, loaded.drafter_fingerprint, loaded.calibration
+        ),
         eos_token_ids=loaded.eos_token_ids,
     )
     verifier.warm_up()

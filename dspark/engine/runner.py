@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dspark.engine.threads import use_all_threads
 from dspark.engine.verifier import VerifierEngine
 from dspark.errors import UnavailableError
+from dspark.scheduling.calibration import CalibrationTable
 from dspark.types import Request, StepPlan, StepReport, VerificationResult
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,10 @@ class EngineRunner:
     def set_plan(self, plan: StepPlan) -> None:
         """Follow `plan` from the next step on."""
         self._post(lambda: self._engine.set_plan(plan))
+
+    def set_calibration(self, table: CalibrationTable) -> None:
+        """Offer a table to the engine before the next step."""
+        self._post(lambda: self._engine.calibration.offer(table))
 
     @property
     def load(self) -> tuple[int, int, int, int]:

@@ -29,8 +29,9 @@ from dspark.kernels.cpu import operators
 from dspark.models.drafter import FeatureProjection
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
-from dspark.scheduling.calibration import CalibrationTable
+from dspark.scheduling.calibration import CalibrationInUse
 from dspark.scheduling.draft_gate import DraftGate
+from dspark.scheduling.outcomes import OutcomeSample
 from dspark.scheduling.planner import Search, plan_lengths
 from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
@@ -74,7 +75,7 @@ class VerifierEngine:
         lookup: PromptLookup | None = None,  # drafts while the link is down, or there is none
         block_size: int = 0,
         context_window: int = 0,
-        calibration: CalibrationTable | None = None,
+        calibration: CalibrationInUse | None = None,
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:
         if projection is not None and link is None:
@@ -91,7 +92,8 @@ class VerifierEngine:
         if link is not None:
             self._exchange = DraftExchange(link, target.vocab_size, context_window)
         self.block_size = config.block_size or block_size  # γ, where a plan says nothing else
-        self._temperatures = () if calibration is None else calibration.temperatures
+        self.calibration = calibration or CalibrationInUse(block_size, "")
+        self._sample = OutcomeSample(block_size)
         self._plan = StepPlan(policy=VerificationPolicy(config.policy))
         self._plan_until = float("inf")
         self.roster = Roster(
@@ -282,9 +284,7 @@ class VerifierEngine:
         if plan.policy is VerificationPolicy.FIXED or times is None or gate is None:
             return sizes
         # Looked up blocks come with measured chances, and the gate has seen them already.
-        temperatures = plan.confidence_temperatures or self._temperatures
-        if self._looks_up:
-            temperatures = ()
+        temperatures = () if self._looks_up else self.calibration.temperatures
         survivals = [
             np.zeros(0, dtype=np.float32)
             if block is None
@@ -456,6 +456,8 @@ class VerifierEngine:
         if self._gate is not None and self._promised:
             self._gate.settle(self._promised, sum(result.accepted for result in results))
             self._promised = 0.0
+        if not self._looks_up:
+            self._sample.add(results)
         width = self.block_size
         _, waiting, free, total = self.load
         self.last_report = StepReport(
@@ -472,6 +474,9 @@ class VerifierEngine:
             committed=sum(len(result.token_ids) for result in results),
             free_pages=free,
             total_pages=total,
+            calibration_epoch=self.calibration.epoch,
+            calibrations_refused=self.calibration.refused,
+            outcomes=self._sample.take(self.calibration.temperatures),
         )
 
 

@@ -213,23 +213,23 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_calibration(folder: str | Path, table: CalibrationTable) -> None:
-    """Put a table beside the weights; CalibrationError if it is not of this drafter."""
-    table.check_fits(read_config(folder).block_size, fingerprint(folder))
+def save_calibration(folder: str | Path, table: CalibrationTable, block_size: int) -> None:
+    """Put a table beside the weights; CalibrationError if it is not of this drafter and γ."""
+    table.check_fits(block_size, fingerprint(folder))
     partial = Path(folder) / (CALIBRATION_FILE + ".partial")
     partial.write_text(table.to_json() + "\n")
     partial.replace(Path(folder) / CALIBRATION_FILE)
 
 
-def read_calibration(folder: str | Path) -> CalibrationTable | None:
-    """The table beside the weights, if any; CalibrationError if it is not of this drafter."""
+def read_calibration(folder: str | Path, block_size: int) -> CalibrationTable | None:
+    """The table beside the weights, if any; CalibrationError if it is not of this drafter and γ."""
     path = Path(folder) / CALIBRATION_FILE
     if not path.exists():
         return None
     try:
         with path.open("rb") as file:
             table = CalibrationTable.from_json(file.read(MAX_TABLE_BYTES + 1))
-        table.check_fits(read_config(folder).block_size, fingerprint(folder))
+        table.check_fits(block_size, fingerprint(folder))
     except (OSError, CalibrationError) as error:
         raise CalibrationError(f"{path}: {error}; or remove it, to draft uncalibrated") from error
     return table

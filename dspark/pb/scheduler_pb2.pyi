@@ -98,7 +98,7 @@ class PlaceResponse(_message.Message):
     def __init__(self, verifier: _Optional[_Union[Replica, _Mapping]] = ...) -> None: ...
 
 class StepReport(_message.Message):
-    __slots__ = ("incarnation", "step", "step_ms", "draft_wait_ms", "decode_requests", "waiting_requests", "tokens", "prefill_tokens", "drafted", "verified_by_position", "accepted_by_position", "committed", "free_pages", "total_pages")
+    __slots__ = ("incarnation", "step", "step_ms", "draft_wait_ms", "decode_requests", "waiting_requests", "tokens", "prefill_tokens", "drafted", "verified_by_position", "accepted_by_position", "committed", "free_pages", "total_pages", "calibration_epoch", "calibrations_refused", "outcomes")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEP_MS_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +113,9 @@ class StepReport(_message.Message):
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_PAGES_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATIONS_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     step: int
     step_ms: float
@@ -127,23 +130,54 @@ class StepReport(_message.Message):
     committed: int
     free_pages: int
     total_pages: int
-    def __init__(self, incarnation: _Optional[str] = ..., step: _Optional[int] = ..., step_ms: _Optional[float] = ..., draft_wait_ms: _Optional[float] = ..., decode_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., drafted: _Optional[int] = ..., verified_by_position: _Optional[_Iterable[int]] = ..., accepted_by_position: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ...) -> None: ...
+    calibration_epoch: int
+    calibrations_refused: int
+    outcomes: BlockOutcomes
+    def __init__(self, incarnation: _Optional[str] = ..., step: _Optional[int] = ..., step_ms: _Optional[float] = ..., draft_wait_ms: _Optional[float] = ..., decode_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., drafted: _Optional[int] = ..., verified_by_position: _Optional[_Iterable[int]] = ..., accepted_by_position: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., calibration_epoch: _Optional[int] = ..., calibrations_refused: _Optional[int] = ..., outcomes: _Optional[_Union[BlockOutcomes, _Mapping]] = ...) -> None: ...
+
+class BlockOutcomes(_message.Message):
+    __slots__ = ("block_size", "verified", "accepted", "confidences", "temperatures")
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    CONFIDENCES_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURES_FIELD_NUMBER: _ClassVar[int]
+    block_size: int
+    verified: bytes
+    accepted: bytes
+    confidences: bytes
+    temperatures: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, block_size: _Optional[int] = ..., verified: _Optional[bytes] = ..., accepted: _Optional[bytes] = ..., confidences: _Optional[bytes] = ..., temperatures: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class CalibrationTable(_message.Message):
+    __slots__ = ("temperatures", "block_size", "drafter_fingerprint", "blocks", "epoch")
+    TEMPERATURES_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    temperatures: _containers.RepeatedScalarFieldContainer[float]
+    block_size: int
+    drafter_fingerprint: str
+    blocks: int
+    epoch: int
+    def __init__(self, temperatures: _Optional[_Iterable[float]] = ..., block_size: _Optional[int] = ..., drafter_fingerprint: _Optional[str] = ..., blocks: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("epoch", "policy", "block_size", "max_draft_tokens", "confidence_temperatures", "valid_for_ms")
+    __slots__ = ("epoch", "policy", "block_size", "max_draft_tokens", "valid_for_ms", "calibration")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    CONFIDENCE_TEMPERATURES_FIELD_NUMBER: _ClassVar[int]
     VALID_FOR_MS_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     policy: VerificationPolicy
     block_size: int
     max_draft_tokens: int
-    confidence_temperatures: _containers.RepeatedScalarFieldContainer[float]
     valid_for_ms: int
-    def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[_Union[VerificationPolicy, str]] = ..., block_size: _Optional[int] = ..., max_draft_tokens: _Optional[int] = ..., confidence_temperatures: _Optional[_Iterable[float]] = ..., valid_for_ms: _Optional[int] = ...) -> None: ...
+    calibration: CalibrationTable
+    def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[_Union[VerificationPolicy, str]] = ..., block_size: _Optional[int] = ..., max_draft_tokens: _Optional[int] = ..., valid_for_ms: _Optional[int] = ..., calibration: _Optional[_Union[CalibrationTable, _Mapping]] = ...) -> None: ...
 
 class DescribeClusterRequest(_message.Message):
     __slots__ = ()
@@ -161,10 +195,30 @@ class ReplicaStatus(_message.Message):
     silent_ms: int
     def __init__(self, replica: _Optional[_Union[Replica, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ..., silent_ms: _Optional[int] = ...) -> None: ...
 
+class CalibrationStatus(_message.Message):
+    __slots__ = ("model", "drafter_fingerprint", "table", "window_blocks", "raw_error", "error", "misfits")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RAW_ERROR_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    MISFITS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    drafter_fingerprint: str
+    table: CalibrationTable
+    window_blocks: int
+    raw_error: float
+    error: float
+    misfits: int
+    def __init__(self, model: _Optional[str] = ..., drafter_fingerprint: _Optional[str] = ..., table: _Optional[_Union[CalibrationTable, _Mapping]] = ..., window_blocks: _Optional[int] = ..., raw_error: _Optional[float] = ..., error: _Optional[float] = ..., misfits: _Optional[int] = ...) -> None: ...
+
 class DescribeClusterResponse(_message.Message):
-    __slots__ = ("replicas", "reports")
+    __slots__ = ("replicas", "reports", "calibrations")
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     REPORTS_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATIONS_FIELD_NUMBER: _ClassVar[int]
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
     reports: _containers.RepeatedCompositeFieldContainer[StepReport]
-    def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., reports: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ...) -> None: ...
+    calibrations: _containers.RepeatedCompositeFieldContainer[CalibrationStatus]
+    def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., reports: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., calibrations: _Optional[_Iterable[_Union[CalibrationStatus, _Mapping]]] = ...) -> None: ...

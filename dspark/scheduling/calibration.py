@@ -18,6 +18,7 @@ N blocks, γ block size.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,8 @@ from dspark.errors import CalibrationError
 from dspark.scheduling.survival import logits, survival, tempered
 from dspark.types import DoubleArray, FloatArray, IntArray
 
+log = logging.getLogger(__name__)
+
 BINS = 10
 LEAST_SAMPLES = 512  # blocks verified at a position; the bins of fewer are mostly noise
 # From 1/8 to 8 in steps of 9 %, the nearest to 1 first: of equal ones it is taken.
@@ -38,7 +41,7 @@ MAX_TABLE_BYTES = 16384  # as JSON
 _RANGE = (0.05, 20.0)  # of a temperature, wherever it was fitted
 _MAX_POSITIONS = 256
 _MAX_TEXT = 128
-_MAX_COUNT = 2**63 - 1
+MAX_EPOCH = _MAX_COUNT = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,10 @@ class CalibrationTable:
         fingerprint = self.drafter_fingerprint
         if not isinstance(fingerprint, str) or not 0 < len(fingerprint) <= _MAX_TEXT:
             refuse("drafter_fingerprint", fingerprint, f"a text of 1 to {_MAX_TEXT} characters")
-        low, high = _RANGE
         if len(self.temperatures) != self.block_size or not all(
-            isinstance(t, float) and low <= t <= high for t in self.temperatures
+            map(temperature_can_be, self.temperatures)
         ):
+            low, high = _RANGE
             refuse("temperatures", self.temperatures, f"block_size numbers from {low} to {high}")
 
     def check_fits(self, block_size: int, fingerprint: str) -> None:
@@ -109,6 +112,44 @@ class CalibrationTable:
         ):
             raise CalibrationError("temperatures of a calibration table must be a list of numbers")
         return cls(**{**raw, "temperatures": tuple(map(float, raw["temperatures"]))})
+
+
+def temperature_can_be(value: float) -> bool:
+    """Whether a temperature lies where a fit may have put it."""
+    return isinstance(value, float) and _RANGE[0] <= value <= _RANGE[1]
+
+
+class CalibrationInUse:
+    """The newest table of one drafter. Those of others are refused: counted, and logged once."""
+
+    def __init__(
+        self, block_size: int, fingerprint: str, table: CalibrationTable | None = None
+    ) -> None:
+        self._block_size, self._fingerprint = block_size, fingerprint
+        self._table = table
+        self.refused = 0
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """By position; empty before any table came."""
+        return () if self._table is None else self._table.temperatures
+
+    @property
+    def epoch(self) -> int:
+        """Of the table."""
+        return 0 if self._table is None else self._table.epoch
+
+    def offer(self, table: CalibrationTable) -> None:
+        """Use a table if it fits, and is none of an earlier epoch."""
+        try:
+            table.check_fits(self._block_size, self._fingerprint)
+        except CalibrationError as error:
+            if not self.refused:
+                log.warning("refused: %s", error)
+            self.refused += 1
+            return
+        if table.epoch >= self.epoch:
+            self._table = table
 
 
 def fit_temperatures(
@@ -166,6 +207,8 @@ def expected_calibration_error(
 
     The paper does not say which bins. Survivals crowd near 0 and 1, where bins of equal width would
     leave most of them empty. Equal predictions share a bin. ValueError without samples.
+
+    Few samples of a perfect prediction measure more than 0: about 0.8·√(p(1 - p)·bins / N).
     """
     count = len(predicted)
     if not count or len(observed) != count:

@@ -92,6 +92,11 @@ class Cluster:
             del self._members[name]
         return list(self._members.values())
 
+    def replica(self, incarnation: str) -> Replica | None:
+        """One that had a lease when it was last looked."""
+        member = self._members.get(incarnation)
+        return None if member is None else member.replica
+
     def silent_s(self, member: Member) -> float:
         """Since a member's last sign of life."""
         return self._clock() - member.seen_at

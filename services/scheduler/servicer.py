@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
 from dspark.rpc.status import abort
 from dspark.scheduling.cluster import Cluster, Load, Member, Replica, Role
+from dspark.services.scheduler.calibrations import Calibrations, Follower
 from dspark.services.scheduler.plans import RENEW_AFTER_S, plan_for
 from dspark.store import Store
 from dspark.wire import MAX_ID_CHARS, plan_to_pb
@@ -37,6 +39,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
     def __init__(self, config: ServeConfig, cluster: Cluster, store: Store) -> None:
         self._config, self._cluster, self._store = config, cluster, store
         self._reports: dict[str, pb.StepReport] = {}
+        self._calibrations = Calibrations(cluster, store)
         self._epoch = 0
         self._store_down = False
 
@@ -44,12 +47,12 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         """Take in what an earlier scheduler knew; each replica has one lease to show itself."""
         try:
             kept = await self._store.list(_REGISTRY)
+            for value in kept.values():
+                beat = pb.HeartbeatRequest.FromString(value)
+                self._cluster.beat(_replica(beat.replica), _load(beat.load), beat.draining)
+            await self._calibrations.restore()
         except UnavailableError as error:
             self._note_store(error)
-            return
-        for value in kept.values():
-            beat = pb.HeartbeatRequest.FromString(value)
-            self._cluster.beat(_replica(beat.replica), _load(beat.load), beat.draining)
 
     async def Heartbeat(  # noqa: N802 - the name is the contract's
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext
@@ -90,17 +93,19 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         context: grpc.aio.ServicerContext,
     ) -> None:
         """Take reports in and push plans; neither waits for the other."""
-        pusher = asyncio.create_task(self._push_plans(context))
-        try:
-            async for report in request_iterator:
-                try:
-                    _bounded("incarnation", report.incarnation, MAX_ID_CHARS)
-                except DSparkError as error:
-                    await abort(context, error)
-                self._reports[report.incarnation] = report
-        finally:
-            pusher.cancel()
-            await asyncio.gather(pusher, return_exceptions=True)
+        with self._calibrations.following() as verifier:
+            pusher = asyncio.create_task(self._push_plans(context, verifier))
+            try:
+                async for report in request_iterator:
+                    try:
+                        _bounded("incarnation", report.incarnation, MAX_ID_CHARS)
+                        verifier.introduce(report.incarnation)
+                        self._take(report)
+                    except DSparkError as error:
+                        await abort(context, error)
+            finally:
+                pusher.cancel()
+                await asyncio.gather(pusher, return_exceptions=True)
 
     async def DescribeCluster(  # noqa: N802
         self, request: pb.DescribeClusterRequest, context: grpc.aio.ServicerContext
@@ -110,14 +115,26 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         alive = {m.replica.incarnation for m in members}
         self._reports = {name: r for name, r in self._reports.items() if name in alive}
         return pb.DescribeClusterResponse(
-            replicas=[self._status(m) for m in members], reports=self._reports.values()
+            replicas=[self._status(m) for m in members],
+            reports=self._reports.values(),
+            calibrations=self._calibrations.statuses(),
         )
 
-    async def _push_plans(self, context: grpc.aio.ServicerContext) -> None:
+    def _take(self, report: pb.StepReport) -> None:
+        last = self._reports.get(report.incarnation)
+        if last is None or report.step > last.step:  # the latest may come twice
+            self._calibrations.take(report)
+        report.ClearField("outcomes")  # they are in the window now
+        self._reports[report.incarnation] = report
+
+    async def _push_plans(self, context: grpc.aio.ServicerContext, verifier: Follower) -> None:
         while True:
             self._epoch += 1
-            await context.write(plan_to_pb(plan_for(self._config.engine, self._epoch)))
-            await asyncio.sleep(RENEW_AFTER_S)
+            verifier.changed.clear()
+            plan = plan_for(self._config.engine, self._epoch)
+            await context.write(plan_to_pb(plan, self._calibrations.table(verifier.incarnation)))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(verifier.changed.wait(), RENEW_AFTER_S)
 
     def _status(self, member: Member) -> pb.ReplicaStatus:
         return pb.ReplicaStatus(
@@ -159,12 +176,14 @@ def _replica(message: pb.Replica) -> Replica:
     _bounded("address", message.address, _MAX_TEXT)
     if role is not Role.GATEWAY:
         _bounded("model", message.model, _MAX_TEXT)
+    if message.drafter_fingerprint:
+        _bounded("drafter_fingerprint", message.drafter_fingerprint, MAX_ID_CHARS)
     return Replica(
         role=role,
         incarnation=message.incarnation,
         address=message.address,
         model=message.model,
-        drafter_fingerprint=message.drafter_fingerprint[:_MAX_TEXT],
+        drafter_fingerprint=message.drafter_fingerprint,
         max_context_tokens=message.max_context_tokens,
     )
 

@@ -72,7 +72,10 @@ class VerifierReplica:
             interval_s=config.scheduler.heartbeat_s,
         )
         self._coordinator = Coordinator(
-            self._incarnation, lambda: self._lease.channel, lambda plan: self._runner.set_plan(plan)
+            self._incarnation,
+            lambda: self._lease.channel,
+            on_plan=lambda plan: self._runner.set_plan(plan),
+            on_calibration=lambda table: self._runner.set_calibration(table),
         )
         self._runner = EngineRunner(
             engine,

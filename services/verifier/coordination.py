@@ -1,4 +1,4 @@
-"""Step reports out, plans in; never waited for by a step."""
+"""Step reports out, plans and calibration tables in; never waited for by a step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import grpc
 
 from dspark.errors import ProtocolError
 from dspark.pb import scheduler_pb2, scheduler_pb2_grpc
+from dspark.scheduling.calibration import CalibrationTable
 from dspark.types import StepPlan, StepReport
-from dspark.wire import plan_from_pb, report_to_pb
+from dspark.wire import plan_from_pb, report_to_pb, table_from_pb
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,10 @@ class Coordinator:
         incarnation: str,
         channel: Callable[[], grpc.aio.Channel | None],
         on_plan: Callable[[StepPlan], None],
+        on_calibration: Callable[[CalibrationTable], None],
     ) -> None:
-        self._incarnation, self._channel, self._on_plan = incarnation, channel, on_plan
+        self._incarnation, self._channel = incarnation, channel
+        self._on_plan, self._on_calibration = on_plan, on_calibration
         self._loop = asyncio.get_running_loop()
         self._reports: asyncio.Queue[StepReport] = asyncio.Queue(_MAX_QUEUED_REPORTS)
         self._task: asyncio.Task[None] | None = None
@@ -89,5 +92,7 @@ class Coordinator:
                 return
             try:
                 self._on_plan(plan_from_pb(message))
+                if message.HasField("calibration"):
+                    self._on_calibration(table_from_pb(message.calibration))
             except ProtocolError as error:
-                log.warning("a plan was dropped: %s", error)
+                log.warning("of a plan, this was dropped: %s", error)

@@ -22,6 +22,7 @@ from dspark.engine.verifier import VerifierEngine
 from dspark.models.checkpoint import save_drafter
 from dspark.models.drafter import DrafterConfig, DSparkDrafter
 from dspark.models.target import TargetModel
+from dspark.scheduling.calibration import CalibrationInUse, CalibrationTable
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import (
     BlockProposal,
@@ -242,9 +243,16 @@ class Tally:
 
 
 def run(
-    engine: VerifierEngine, requests: Sequence[Request], budget_seed: int | None = None
+    engine: VerifierEngine,
+    requests: Sequence[Request],
+    budget_seed: int | None = None,
+    *,
+    recalibrated: bool = False,
 ) -> Tally:
-    """Generate to the end; with a budget seed, another verification budget at every step."""
+    """Generate to the end; with a budget seed, another verification budget at every step.
+
+    `recalibrated`: and other temperatures, too.
+    """
     tally = Tally()
     budgets = None
     if budget_seed is not None:
@@ -255,6 +263,8 @@ def run(
     while engine.has_work:
         if budgets is not None:
             engine.set_plan(random_plan(budgets))
+        if budgets is not None and recalibrated:
+            engine.calibration = random_calibration(budgets)
         tally.add(engine.step())
     return tally
 
@@ -266,3 +276,9 @@ def random_plan(budgets: random.Random) -> StepPlan:
         block_size=budgets.randint(0, 4),
         max_draft_tokens=budgets.choice([0, 1, 3, 7, 30, 100]),
     )
+
+
+def random_calibration(budgets: random.Random) -> CalibrationInUse:
+    """Temperatures that earlier traffic may have brought, drawn without a look at the tokens."""
+    temperatures = tuple(2.0 ** budgets.uniform(-3, 3) for _ in range(4))
+    return CalibrationInUse(4, "w", CalibrationTable(temperatures, 4, "w", 1000))

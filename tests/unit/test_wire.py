@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from dspark import wire
 from dspark.errors import InvalidRequestError, ProtocolError
-from dspark.pb import draft_pb2
+from dspark.pb import draft_pb2, scheduler_pb2
+from dspark.scheduling.calibration import CalibrationTable
 from dspark.types import (
     MAX_SEED,
+    BlockOutcomes,
     BlockProposal,
     DraftWork,
     Fence,
@@ -24,6 +26,7 @@ from dspark.types import (
     ResyncRequest,
     SamplingParams,
     StepPlan,
+    StepReport,
     VerificationPolicy,
     VerifyMode,
 )
@@ -93,7 +96,7 @@ def test_proposals_round_trip(fence: Fence, size: int, k: int) -> None:
 
 
 def test_plans_and_resyncs_round_trip() -> None:
-    plan = StepPlan(4, VerificationPolicy.FIXED, 5, 6, (1.5, 2.0), 2.5)
+    plan = StepPlan(4, VerificationPolicy.FIXED, 5, 6, 2.5)
     assert wire.plan_from_pb(wire.plan_to_pb(plan)) == plan
     resync = ResyncRequest("s", 1, 2)
     assert wire.resync_from_pb(wire.resync_to_pb(resync)) == resync
@@ -197,11 +200,91 @@ def test_a_request_needs_a_name_and_a_known_mode() -> None:
         wire.request_from_pb(message)
 
 
-def test_a_plan_needs_a_policy_and_positive_temperatures() -> None:
+def test_a_plan_needs_a_policy() -> None:
     message = wire.plan_to_pb(StepPlan())
-    message.confidence_temperatures.append(0.0)
-    with pytest.raises(ProtocolError, match="temperatures"):
-        wire.plan_from_pb(message)
     message.policy = 0  # type: ignore[assignment]
     with pytest.raises(ProtocolError, match="policy"):
         wire.plan_from_pb(message)
+
+
+TABLE = CalibrationTable((1.5, 0.7), 2, "w", 1000, epoch=4)
+
+
+def test_a_calibration_table_travels_with_a_plan() -> None:
+    assert wire.table_from_pb(wire.plan_to_pb(StepPlan(), TABLE).calibration) == TABLE
+    assert not wire.plan_to_pb(StepPlan()).HasField("calibration")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda m: m.temperatures.append(1.0), "temperatures"),
+        (lambda m: m.temperatures.__setitem__(0, 0.0), "temperatures"),
+        (lambda m: m.temperatures.__setitem__(0, float("nan")), "temperatures"),
+        (lambda m: setattr(m, "block_size", 3), "temperatures"),
+        (lambda m: setattr(m, "block_size", 2**31), "block_size"),
+        (lambda m: setattr(m, "drafter_fingerprint", ""), "fingerprint"),
+        (lambda m: setattr(m, "drafter_fingerprint", "x" * 129), "fingerprint"),
+        (lambda m: setattr(m, "epoch", 2**64 - 1), "epoch"),
+    ],
+)
+def test_tables_outside_the_contract_are_refused(spoil: Callable[[Any], None], match: str) -> None:
+    message = wire.table_to_pb(TABLE)
+    spoil(message)
+    with pytest.raises(ProtocolError, match=match):
+        wire.table_from_pb(message)
+
+
+def report(outcomes: BlockOutcomes | None) -> scheduler_pb2.StepReport:
+    counts = dict.fromkeys(("decode_requests", "waiting_requests", "tokens", "drafted"), 0)
+    made = StepReport(
+        7, 1.0, 0.0, **counts, prefill_tokens=0, verified_by_position=(1,),
+        accepted_by_position=(0,), committed=1, free_pages=1, total_pages=1,
+        calibration_epoch=4, calibrations_refused=2, outcomes=outcomes,
+    )  # fmt: skip
+    return wire.report_to_pb(made, "v")
+
+
+@given(st.integers(1, 32), st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_outcomes_round_trip(count: int, size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    verified = rng.integers(0, size + 1, count)
+    confidences = rng.random((count, size)).astype(np.float32)
+    confidences[np.arange(size) >= verified[:, None]] = np.nan
+    outcomes = BlockOutcomes(confidences, verified, rng.integers(0, verified + 1), (1.5,))
+    message = report(outcomes)
+    assert (message.calibration_epoch, message.calibrations_refused) == (4, 2)
+    back = wire.outcomes_from_pb(message.outcomes)
+    for name in ("confidences", "verified", "accepted"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(outcomes, name))
+    assert back.temperatures == (1.5,)
+    assert message.outcomes.ByteSize() <= count * (4 * size + 2) + 32
+    assert not report(None).HasField("outcomes")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda m: setattr(m, "block_size", 0), "blocks"),
+        (lambda m: setattr(m, "block_size", 65), "blocks"),
+        (lambda m: setattr(m, "block_size", 1), "verified"),
+        (lambda m: setattr(m, "verified", b""), "blocks"),
+        (lambda m: setattr(m, "verified", b"\1" * 257), "blocks"),
+        (lambda m: setattr(m, "verified", b"\1\3"), "verified"),
+        (lambda m: setattr(m, "accepted", b"\0"), "accepted"),
+        (lambda m: setattr(m, "accepted", b"\2\0"), "accepted"),
+        (lambda m: setattr(m, "confidences", law(0.5, 0.5)), "bytes"),
+        (lambda m: setattr(m, "confidences", law(0.5, 0.5, 1.5)), "0..1"),
+        (lambda m: setattr(m, "confidences", law(0.5, 0.5, float("nan"))), "0..1"),
+        (lambda m: m.temperatures.extend([1.0] * 3), "temperatures"),
+        (lambda m: m.temperatures.append(0.0), "temperatures"),
+    ],
+)
+def test_outcomes_outside_the_contract_are_refused(
+    spoil: Callable[[Any], None], match: str
+) -> None:
+    confidences = np.array([[0.5, np.nan], [0.5, 0.5]], dtype=np.float32)
+    message = report(BlockOutcomes(confidences, np.array([1, 2]), np.array([1, 0]), ())).outcomes
+    spoil(message)
+    with pytest.raises(ProtocolError, match=match):
+        wire.outcomes_from_pb(message)

@@ -109,7 +109,7 @@ def test_a_drafters_table_is_what_its_plans_start_with(
     drafter = tmp_path / "drafter"
     shutil.copytree(folders[1], drafter)
     table = CalibrationTable((2.0, 3.0, 4.0, 5.0), 4, fingerprint(drafter), 1000)
-    save_calibration(drafter, table)
+    save_calibration(drafter, table, 4)
     seen: set[tuple[float, ...]] = set()
 
     def watched(confidences: FloatArray, temperatures: tuple[float, ...]) -> FloatArray:

@@ -133,12 +133,15 @@ def goodness_of_fit(
     samples: int,
     *,
     budgets: bool = True,
+    recalibrated: bool = False,
     after: int = 0,
     prompt: tuple[int, ...] = PROMPT[:3],
 ) -> float:
     """χ² p-value of tokens `after` to DEPTH of many requests, jointly, against the exact law."""
     requests = [Request(str(i), prompt, replace(sampling, seed=i)) for i in range(samples)]
-    tally = conclusive(run(engine, requests, budget_seed=1 if budgets else None))
+    tally = conclusive(
+        run(engine, requests, budget_seed=1 if budgets else None, recalibrated=recalibrated)
+    )
     law = exact_law(sampling, DEPTH, prompt)
     seen = torch.zeros(*[VOCAB] * DEPTH, dtype=torch.float64)
     for tokens in tally.tokens.values():
@@ -175,7 +178,8 @@ def test_rejection_follows_the_target_law_under_changing_budgets(
     elif not operators.available():
         pytest.skip("needs AVX2 and a C++ compiler")
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=6)
-    assert goodness_of_fit(sampling_engine(monkeypatch), sampling, samples=6000) > FALSE_ALARM
+    engine = sampling_engine(monkeypatch)
+    assert goodness_of_fit(engine, sampling, samples=6000, recalibrated=True) > FALSE_ALARM
 
 
 def small_accept_draws(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,22 +190,22 @@ def test_a_round_trip_is_exact(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_a_calibration_table_is_kept_for_the_drafter_that_it_is_of(checkpoint: Path) -> None:
-    assert read_calibration(checkpoint) is None
+    assert read_calibration(checkpoint, 4) is None
     name, size = fingerprint(checkpoint), read_config(checkpoint).block_size
     table = CalibrationTable((1.5,) * size, size, name, 1000)
-    save_calibration(checkpoint, table)
-    assert read_calibration(checkpoint) == table
+    save_calibration(checkpoint, table, 4)
+    assert read_calibration(checkpoint, 4) == table
     assert fingerprint(checkpoint) == name
     longer = CalibrationTable((1.5,) * (size + 1), size + 1, name, 1000)
     with pytest.raises(CalibrationError, match=f"block size {size + 1}"):
-        save_calibration(checkpoint, longer)
+        save_calibration(checkpoint, longer, size)
     path = checkpoint / "calibration.json"
     for bad in (longer.to_json(), table.to_json() + " " * 100_000, "{}", table.to_json()[1:]):
         path.write_text(bad)
         with pytest.raises(CalibrationError, match=r"calibration\.json.*remove it"):
-            read_calibration(checkpoint)
+            read_calibration(checkpoint, 4)
     save_drafter(load_drafter(checkpoint, tiny_target()), checkpoint, torch.float32)
-    assert read_calibration(checkpoint) is None
+    assert read_calibration(checkpoint, 4) is None
 
 
 def test_every_tensor_is_accounted_for(checkpoint: Path) -> None:

@@ -3,53 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+from helpers.traffic import traffic
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark.errors import CalibrationError
 from dspark.scheduling.calibration import (
     LEAST_SAMPLES,
+    CalibrationInUse,
     CalibrationTable,
     expected_calibration_error,
     fit_temperatures,
     survival_error,
 )
 from dspark.scheduling.survival import survival
+from dspark.types import DoubleArray, IntArray
 
-Doubles = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 GRID_STEP = 2 ** (1 / 8)
 TRUE = (2.0, 0.7, 1.5, 1.0, 2.5)
 TABLE = CalibrationTable(TRUE, len(TRUE), "w", 4000)
 
 
-@cache
-def traffic(count: int, seed: int = 0) -> tuple[Doubles, Ints]:  # [N, γ], [N]
-    """Confidences that are too sure by TRUE, and how many tokens would stand."""
-    rng = np.random.default_rng(seed)
-    logit = rng.normal(1.5, 1.5, (count, len(TRUE)))
-    stands = rng.random(logit.shape) < 1 / (1 + np.exp(-logit))
-    return 1 / (1 + np.exp(-logit * TRUE)), np.cumprod(stands, axis=1).sum(axis=1)
-
-
-def trimmed(confidences: Doubles, least: float) -> Ints:
+def trimmed(confidences: DoubleArray, least: float) -> IntArray:
     """As Algorithm 1 would under load: whatever promises less than `least` is not verified."""
     return np.asarray((survival(confidences.astype(np.float32)) >= least).sum(axis=1))
 
 
 def test_known_temperatures_are_found_again() -> None:
-    confidences, stood = traffic(30_000)
+    confidences, stood = traffic(30_000, TRUE)
     found = fit_temperatures(confidences, np.full(len(stood), 5), stood)
     assert np.abs(np.log(np.array(found) / TRUE)).max() <= 2 * np.log(GRID_STEP) + 1e-9
 
 
 def test_trimming_by_confidence_does_not_bias_the_fit() -> None:
-    confidences, stood = traffic(60_000)
+    confidences, stood = traffic(60_000, TRUE)
     verified = trimmed(confidences, 0.3)
     assert 0 < (verified > 4).sum() < len(stood) / 2  # most are cut before the end
     hidden = np.where(np.arange(5) < verified[:, None], confidences, np.nan)
@@ -58,10 +48,10 @@ def test_trimming_by_confidence_does_not_bias_the_fit() -> None:
 
 
 def test_survivals_are_true_after_the_fit_on_blocks_not_seen_by_it() -> None:
-    confidences, stood = traffic(8_000, seed=1)
+    confidences, stood = traffic(8_000, TRUE, seed=1)
     whole = np.full(len(stood), 5)
     found = fit_temperatures(confidences, whole, stood)
-    unseen, fate = traffic(8_000, seed=2)
+    unseen, fate = traffic(8_000, TRUE, seed=2)
     before, after = (survival_error(unseen, whole, fate, t) for t in ((), found))
     assert before > 0.05
     assert after < 0.02
@@ -101,7 +91,7 @@ def test_a_temperature_keeps_the_order_of_a_position(row: list[float], temperatu
 
 
 def test_positions_without_evidence_keep_what_they_had() -> None:
-    confidences, stood = traffic(30_000)
+    confidences, stood = traffic(30_000, TRUE)
     verified = np.where(np.arange(len(stood)) < LEAST_SAMPLES - 1, 5, 2)
     accepted = np.minimum(stood, verified)
     assert fit_temperatures(confidences, verified, accepted)[2:] == (1.0, 1.0, 1.0)
@@ -203,3 +193,20 @@ def test_a_table_of_another_drafter_does_not_fit() -> None:
             TABLE.check_fits(block_size, fingerprint)
     with pytest.raises(CalibrationError, match="temperatures"):
         replace(TABLE, block_size=4)
+
+
+def test_the_newest_table_that_fits_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    used = CalibrationInUse(5, "w")
+    assert (used.temperatures, used.epoch) == ((), 0)
+    used.offer(replace(TABLE, epoch=2))
+    used.offer(replace(TABLE, epoch=1, temperatures=(1.0,) * 5))
+    assert (used.temperatures, used.epoch, used.refused) == (TRUE, 2, 0)
+    for bad in (
+        replace(TABLE, epoch=3, drafter_fingerprint="v"),
+        CalibrationTable((9.0,) * 4, 4, "w", 4000, epoch=3),
+    ):
+        used.offer(bad)
+        used.offer(bad)
+    assert (used.temperatures, used.epoch, used.refused) == (TRUE, 2, 4)
+    assert len(caplog.records) == 1
+    assert "fingerprint 'v'" in caplog.text
