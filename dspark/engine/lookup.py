@@ -3,7 +3,7 @@
 Summaries, edits of code and answers from documents repeat their prompt, and much text repeats
 itself. Where a request's last few tokens have occurred before in its prompt or output, what came
 after them then is drafted to come again (LLMA, arXiv 2304.04487). No model runs, so this is there
-when no draft replica is, and costs a few microseconds a token.
+when no draft replica is, and costs next to nothing.
 
 A block is a function of committed text alone. The law that it was drawn from is therefore a point:
 q(x) = 1 for the drafted token, which rejection sampling accepts with p(x) and otherwise replaces by
