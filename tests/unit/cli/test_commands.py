@@ -71,6 +71,11 @@ def test_an_exported_drafter_is_the_same_to_the_bit(dtype: torch.dtype, tmp_path
     assert "not an empty folder" in refused.stderr
 
 
+def test_errors_are_shown_as_they_are(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["eval", "--prompts", str(tmp_path / "[bold]x[/].jsonl")])
+    assert "[bold]x[/].jsonl" in result.stderr.replace("\n", "")
+
+
 def test_chat_without_a_service_says_so() -> None:
     with socket.socket() as held:  # bound but not listening: nothing answers there
         held.bind(("127.0.0.1", 0))
