@@ -21,8 +21,8 @@ from rich.table import Table
 from dspark.cli.bench import PROMPTS
 from dspark.config import EngineConfig
 from dspark.engine.llm import LLM
-from dspark.evaluation.acceptance import report
 from dspark.evaluation.provenance import provenance
+from dspark.evaluation.rounds import rounds_of
 from dspark.types import SamplingParams
 
 _LEAST_ACCEPTANCE = 0.97  # of cold
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, cache: bool) -> dict:
     took_s = time.perf_counter() - started
     tokens = sum(len(answer.token_ids) for answer in answers)
     return {
-        "accepted_length": report(answers).accepted_length,
+        "accepted_length": float(rounds_of(answers).tokens.mean()),
         "accepted": sum(answer.accepted for answer in answers),
         "prompt_tokens": sum(map(len, prompts[1:])),
         "cached_tokens": llm.verifier.roster.cached_tokens - cached,

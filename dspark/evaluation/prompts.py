@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from dspark.errors import ConfigError
+
+
+def read_files(paths: Sequence[Path], limit: int = 0) -> dict[str, list[str]]:
+    """Prompts by file, named by its stem, or by its path where stems are alike."""
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"a file of prompts is named twice among {', '.join(map(str, paths))}")
+    unlike = len({path.stem for path in paths}) == len(paths)
+    return {path.stem if unlike else str(path): read_prompts(path, limit) for path in paths}
 
 
 def read_prompts(path: Path, limit: int = 0) -> list[str]:

@@ -205,18 +205,27 @@ def expected_calibration_error(
 ) -> float:
     """ECE: how far predicted and observed rates are apart, a mean over bins of equal mass.
 
-    The paper does not say which bins. Survivals crowd near 0 and 1, where bins of equal width would
-    leave most of them empty. Equal predictions share a bin. ValueError without samples.
-
-    Few samples of a perfect prediction measure more than 0: about 0.8·√(p(1 - p)·bins / N).
+    ValueError without samples. Few samples of a perfect prediction measure more than 0: about
+    0.8·√(p(1 - p)·bins / N).
     """
     count = len(predicted)
     if not count or len(observed) != count:
         raise ValueError(f"as many predictions as outcomes, please; got {count}, {len(observed)}")
+    gaps: DoubleArray = observed - np.asarray(predicted, dtype=np.float64)
+    return float(np.abs(np.bincount(mass_bins(predicted, bins), weights=gaps)).sum() / count)
+
+
+def mass_bins(predicted: DoubleArray | FloatArray, bins: int = BINS) -> IntArray:  # [N] -> [N]
+    """The bin of each prediction, as many in one as in another; equal predictions share a bin.
+
+    The paper does not say which bins. Survivals crowd near 0 and 1, where bins of equal width would
+    leave most of them empty.
+    """
+    count = len(predicted)
+    if not count:
+        return np.zeros(0, dtype=np.int64)
     edges = np.sort(predicted)[np.arange(1, bins) * count // bins]
-    bin_of = np.searchsorted(edges, predicted, side="right")
-    gaps = np.bincount(bin_of, weights=observed - np.asarray(predicted, dtype=np.float64))
-    return float(np.abs(gaps).sum() / count)
+    return np.searchsorted(edges, predicted, side="right")
 
 
 def _blocks(
