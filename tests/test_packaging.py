@@ -58,6 +58,11 @@ def test_the_wheel_holds_the_types(wheel: frozenset[str]) -> None:
     assert files("pb", "*.pyi") | {"dspark/py.typed"} <= wheel
 
 
+def test_the_wheel_holds_the_reports_page(wheel: frozenset[str]) -> None:
+    assert files("evaluation", "*.jinja")
+    assert files("evaluation", "*.jinja") <= wheel
+
+
 def test_the_wheel_holds_the_shipped_weights(wheel: frozenset[str]) -> None:
     if not (ROOT / WEIGHTS).is_dir():
         pytest.skip(f"{WEIGHTS} is not in this checkout")

@@ -41,6 +41,9 @@ def evaluate(
         help="Write what was fitted on --calibrate-on into the drafter's folder.",
     ),
     dtype: str = typer.Option("bfloat16", help="float32, bfloat16 or float16."),
+    report: Path | None = typer.Option(
+        None, help="Folder for the paper's figures as PNG and one HTML page with everything."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON with machine and versions."),
 ) -> None:
     """Accepted length τ, acceptance by position, and confidences against what came of them.
@@ -53,8 +56,10 @@ def evaluate(
         from dspark.cli.evaluation_tables import tables
         from dspark.errors import ConfigError
         from dspark.evaluation.measuring import measure
+        from dspark.evaluation.plots import require_matplotlib
         from dspark.evaluation.prompts import read_files, read_prompts
         from dspark.evaluation.provenance import provenance
+        from dspark.evaluation.report import prepare_folder, write_report
         from dspark.evaluation.running import EvaluationPlan, run, save_fit
         from dspark.types import VerifyMode
 
@@ -77,6 +82,9 @@ def evaluate(
             concurrency=concurrency,
             dtype=dtype,
         )
+        if report is not None:
+            require_matplotlib()
+            prepare_folder(report)
         err.print("loading …")
         with progress_bar() as bar:
             task = bar.add_task("answers", total=plan.answers)
@@ -88,6 +96,9 @@ def evaluate(
         else:
             for table in tables(evaluation):
                 out.print(table)
+        if report is not None:
+            page = write_report(evaluation, about, report)
+            err.print(f"the report is {page}", highlight=False)
         if save_calibration:
             err.print(f"the calibration is in {save_fit(arms[0], target)}", highlight=False)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_the_shipped_drafter_is_measured_in_both_modes(tmp_path: Path) -> None:
     prompts = prompt_file(tmp_path / "mine.jsonl", PROMPTS)
+    report = tmp_path / "report"
     result = runner.invoke(
         app,
         [
             "eval", "--prompts", str(prompts), "--tokens", "16", "--temperature", "1",
-            "--mode", "rejection", "--mode", "coupled", "--json",
+            "--mode", "rejection", "--mode", "coupled", "--report", str(report), "--json",
         ],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -54,6 +57,11 @@ def test_the_shipped_drafter_is_measured_in_both_modes(tmp_path: Path) -> None:
     (ratio,) = found["ratios"]
     lengths = [arm["macro"]["accepted_length"]["value"] for arm in found["arms"]]
     assert ratio["macro"]["value"] == pytest.approx(lengths[1] / lengths[0])
+    html = (report / "report.html").read_text(encoding="utf-8")
+    assert html.count('src="data:image/png;base64,') == 3 == len(list(report.glob("*.png")))
+    for figure in ("Figure 2", "Figure 5", "Figure 6"):
+        assert figure in html
+    assert not re.search(r"https?://", html)
 
 
 def checked(result: dict[str, Any], block_size: int) -> None:
@@ -116,3 +124,15 @@ def test_a_calibration_is_fitted_on_its_own_prompts_and_kept(
     assert table.blocks >= 512
     assert read_calibration(shipped) is None  # only the drafter's that was evaluated
     assert "mine" in result.output
+
+
+def test_a_report_without_matplotlib_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    prompts = prompt_file(tmp_path / "p.jsonl", PROMPTS)
+    report = tmp_path / "report"
+    result = runner.invoke(app, ["eval", "--prompts", str(prompts), "--report", str(report)])
+    assert result.exit_code == 1
+    assert "dspark-serve[bench]" in result.stderr
+    assert not report.exists()
