@@ -110,7 +110,8 @@ def _wins(given: Forecasts) -> DoubleArray:  # [P, P]
     says, so this is all that the draws need to know of M forecasts.
     """
     hit = given.outcome == 1
-    scores, owners = given.predicted[hit], given.prompt[hit]
+    order = np.argsort(given.predicted[hit])  # look-ups that rise are many times faster
+    scores, owners = given.predicted[hit][order], given.prompt[hit][order]
     wins = np.zeros((given.prompts, given.prompts))
     for prompt in np.unique(given.prompt[~hit]):
         others = np.sort(given.predicted[~hit & (given.prompt == prompt)])
