@@ -93,6 +93,21 @@ class LLM:
         """Whether there is anything to draft with."""
         return self.verifier.drafts
 
+    @property
+    def block_size(self) -> int:
+        """γ, the draft tokens of a block as they are drafted here."""
+        return self.verifier.block_size
+
+    @property
+    def own_block_size(self) -> int:
+        """γ of the drafter itself; 0 where it has none."""
+        return self._loaded.block_size
+
+    @property
+    def drafter_fingerprint(self) -> str:
+        """Names the drafter's exact weights; empty where it has none."""
+        return self._loaded.drafter_fingerprint
+
     def chat_prompt(self, text: str) -> tuple[int, ...]:
         """Token ids of a single user turn, ready for the answer."""
         encoded = self.tokenizer.apply_chat_template(

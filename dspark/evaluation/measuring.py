@@ -58,6 +58,7 @@ class Arm:
     mode: str
     confidence: str
     block_size: int
+    own_block_size: int  # of the drafter; 0 where it has none
     calibrated_on: str
     files: Mapping[str, Rounds]
     calibrated: Calibrated

@@ -15,7 +15,8 @@ from dspark.errors import ConfigError
 from dspark.evaluation.held_out import Fit, calibrated_by, cross_fitted, fit, in_halves
 from dspark.evaluation.measuring import Arm
 from dspark.evaluation.rounds import Rounds, rounds_of
-from dspark.models.checkpoint import fingerprint, read_config, save_calibration
+from dspark.models.causal_drafter import is_causal_lm
+from dspark.models.checkpoint import read_config, save_calibration
 from dspark.scheduling.calibration import LEAST_SAMPLES, CalibrationTable
 from dspark.types import SamplingParams, VerifyMode
 
@@ -76,41 +77,41 @@ def save_fit(arm: Arm, target: str) -> str:
     """
     (fitted,) = arm.calibrated.fits
     folder = drafter_folder(ModelConfig(target=target, drafter=arm.drafter))
-    assert folder is not None
-    own = read_config(folder).block_size
-    if len(fitted.temperatures) != own:
+    if folder is None:
+        raise ConfigError("prompt lookup calibrates itself as it goes: there is nothing to save")
+    if arm.block_size != arm.own_block_size:
         raise ConfigError(
-            f"a calibration is of whole blocks: this drafter's have {own} tokens, and "
-            f"{len(fitted.temperatures)} were drafted; leave --block-size out"
+            f"a calibration is of whole blocks: this drafter's have {arm.own_block_size} tokens, "
+            f"and {arm.block_size} were drafted; leave --block-size out"
         )
     if min(fitted.verified) < LEAST_SAMPLES:
         raise ConfigError(
             f"a calibration takes {LEAST_SAMPLES} verified draft tokens at each position; got "
             f"{', '.join(map(str, fitted.verified))}: calibrate on more prompts or longer answers"
         )
-    table = CalibrationTable(fitted.temperatures, own, arm.fingerprint, fitted.rounds)
+    size = arm.own_block_size
+    table = CalibrationTable(fitted.temperatures, size, arm.fingerprint, fitted.rounds)
     try:
-        save_calibration(folder, table)
+        save_calibration(folder, table, size)
     except OSError as error:
         raise ConfigError(f"cannot write a calibration to {folder}: {error}") from error
     return str(folder)
 
 
 def _arms(plan: EvaluationPlan, drafter: str, count: Callable[[int], None]) -> list[Arm]:
-    folder = drafter_folder(ModelConfig(target=plan.target, drafter=drafter))
-    if folder is None:
-        raise ConfigError(f"no drafter is known for {plan.target!r}: give one with --drafter")
-    config = read_config(folder)
-    block_size = plan.block_size or config.block_size
     engine = EngineConfig(max_requests=plan.concurrency, policy="fixed", block_size=plan.block_size)
     llm = LLM(plan.target, drafter, dtype=plan.dtype, engine=engine)
+    if not llm.speculative:
+        raise ConfigError(
+            f"nothing drafts for {plan.target!r} with --drafter {drafter!r}: name a drafter"
+        )
     arms = []
     for mode in plan.modes:
         sampling = SamplingParams(temperature=plan.temperature, max_tokens=plan.tokens, mode=mode)
 
         def rounds(texts: Sequence[str], sampling: SamplingParams = sampling) -> Rounds:
             answers = _answers(llm, texts, sampling, plan.concurrency, count)
-            return rounds_of(answers, block_size)
+            return rounds_of(answers, llm.block_size)
 
         files = {name: rounds(texts) for name, texts in plan.files.items()}
         fitted: Fit | None = None
@@ -120,12 +121,11 @@ def _arms(plan: EvaluationPlan, drafter: str, count: Callable[[int], None]) -> l
             Arm(
                 name=_name(plan, drafter, mode),
                 drafter=drafter,
-                fingerprint=fingerprint(folder),
+                fingerprint=llm.drafter_fingerprint,
                 mode=mode,
-                confidence=(
-                    "confidence head" if config.enable_confidence_head else "likeliest token"
-                ),
-                block_size=block_size,
+                confidence=_confidence(plan.target, drafter),
+                block_size=llm.block_size,
+                own_block_size=llm.own_block_size,
                 calibrated_on=(
                     "the other half of the prompts (cross-fitting)"
                     if plan.held_out is None
@@ -140,6 +140,15 @@ def _arms(plan: EvaluationPlan, drafter: str, count: Callable[[int], None]) -> l
             )
         )
     return arms
+
+
+def _confidence(target: str, drafter: str) -> str:
+    """What a drafter's confidences are read from."""
+    folder = drafter_folder(ModelConfig(target=target, drafter=drafter))
+    if folder is None:
+        return "fate of earlier lookups"
+    has_head = not is_causal_lm(folder) and read_config(folder).enable_confidence_head
+    return "confidence head" if has_head else "likeliest token"
 
 
 def _name(plan: EvaluationPlan, drafter: str, mode: VerifyMode) -> str:

@@ -39,7 +39,9 @@ def rounds(seed: int, *, prompts: int = 8, each: int = 20, rate: float = 0.6) ->
 
 def arm(name: str, files: dict[str, Rounds]) -> Arm:
     calibrated = calibrated_by(UNIT, files)
-    return Arm(name, name, "f", "rejection", "confidence head", WIDTH, "a.jsonl", files, calibrated)
+    return Arm(
+        name, name, "f", "rejection", "confidence head", WIDTH, WIDTH, "a.jsonl", files, calibrated
+    )
 
 
 def test_the_mean_of_files_weighs_files_alike() -> None:
@@ -107,7 +109,7 @@ def test_sts_lowers_the_error_and_keeps_the_order() -> None:
     fitted = fit(held_out)
     assert min(fitted.temperatures) > 1.2  # the confidences above are those of 1 / 2.5
     calibrated = Arm(
-        "a", "a", "f", "rejection", "head", WIDTH, "h", files, calibrated_by(fitted, files)
+        "a", "a", "f", "rejection", "head", WIDTH, WIDTH, "h", files, calibrated_by(fitted, files)
     )
     (result,) = measure([calibrated]).arms[0].files.values()
     first, *_, whole = result.scores

@@ -34,7 +34,7 @@ def evaluation(name: str, count: int) -> Evaluation:
         for file in (name, "other")
     }
     fitted = calibrated_by(Fit((1.5, 1.0), (count, count), count), files)
-    arm = Arm(name, name, "f0", "rejection", "confidence head", 2, name, files, fitted)
+    arm = Arm(name, name, "f0", "rejection", "confidence head", 2, 2, name, files, fitted)
     return measure([arm, replace(arm, name="second")] if count else [arm])
 
 
