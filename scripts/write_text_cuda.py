@@ -26,10 +26,15 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspark.training.openings import OPENINGS
-from dspark.training.text import MIN_ANSWER_TOKENS, Conversation, chat_template, until_it_repeats
+from dspark.training.text import (
+    MIN_ANSWER_TOKENS,
+    MIN_INSTRUCTION_TOKENS,
+    Conversation,
+    chat_template,
+    until_it_repeats,
+)
 
 _HARVEST_EVERY = 16  # steps
-_MIN_INSTRUCTION = 3  # tokens
 
 
 class Slots:
@@ -180,7 +185,7 @@ def main() -> None:
                 asked = begin - len(before) - len(between)
                 if (
                     answered
-                    and asked >= _MIN_INSTRUCTION
+                    and asked >= MIN_INSTRUCTION_TOKENS
                     and len(answer) >= MIN_ANSWER_TOKENS
                     and prompt not in seen
                 ):

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+from rich.table import Table
 
 from dspark.cli.console import err, progress_bar, reported_errors
+from dspark.cli.console import out as out_console
 from dspark.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dspark.training.memory import Memory
+    from dspark.training.text import TextConfig
 
 
 class Head(StrEnum):
@@ -46,6 +54,16 @@ def train(
     updates: int = typer.Option(6, min=1, help="Drafter updates a step."),
     conversations: int = typer.Option(4, min=1, help="Conversations a step."),
     anchors: int = typer.Option(160, min=1, help="Blocks an update."),
+    average_decay: float = typer.Option(
+        0.998,
+        min=0.0,
+        max=0.99999,
+        help="Of the weights' average, which is what is saved; 0: none.",
+    ),
+    workers: int = typer.Option(1, min=1, help="Data-parallel workers, through Ray Train."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Say how much memory it takes, and stop."
+    ),
     concurrency: int = typer.Option(64, min=1, help="Conversations written at a time."),
     device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, …"),
     seed: int = typer.Option(0, min=0),
@@ -57,21 +75,18 @@ def train(
     The checkpoint is OUT/checkpoint: give it to other commands as --drafter.
     """
     with reported_errors():
-        from dspark.config import EngineConfig
-        from dspark.engine.assembly import eos_token_ids
-        from dspark.engine.verifier import VerifierEngine
         from dspark.models.builtin import resolve_target
-        from dspark.models.target import TargetModel
         from dspark.models.tokenizer import load_tokenizer
+        from dspark.training.job import CHECKPOINT, TrainJob, run_job
+        from dspark.training.memory import training_memory
         from dspark.training.shape import drafter_config
-        from dspark.training.text import TextConfig, read_conversations, write_text
-        from dspark.training.trainer import Measures, TrainConfig, Trainer
+        from dspark.training.text import TextConfig
+        from dspark.training.trainer import Measures, TrainConfig
+        from dspark.training.workers import run_on_workers
 
-        out.mkdir(parents=True, exist_ok=True)
-        tokenizer = load_tokenizer(target)
         shape = drafter_config(
             resolve_target(target),
-            tokenizer,
+            load_tokenizer(target),
             block_size=block_size,
             layers=layers,
             intermediate=intermediate,
@@ -84,63 +99,86 @@ def train(
             target_layers=target_layers,
             mask_token=mask_token,
         )
-        err.print("loading the target …")
-        model = TargetModel.load(
-            resolve_target(target), device=device, tap_layer_ids=shape.target_layer_ids
+        config = TrainConfig(
+            steps=steps,
+            updates_per_step=updates,
+            conversations_per_step=conversations,
+            anchors_per_update=anchors,
+            learning_rate=learning_rate,
+            markov_lr_factor=markov_lr_factor,
+            ce_weight=ce_weight,
+            tv_weight=tv_weight,
+            average_decay=average_decay,
+            seed=seed,
         )
+        if dry_run:
+            memory = training_memory(resolve_target(target), shape, config, workers)
+            out_console.print(_memory_table(memory))
+            return
         text = TextConfig(tokens=tokens, temperatures=_numbers(temperatures), seed=seed)
-        writer = VerifierEngine(
-            model,
-            EngineConfig(
-                max_requests=concurrency,
-                max_waiting=2 * concurrency,
-                cache_tokens=concurrency * (text.max_instruction * 2 + text.max_answer),
-            ),
-            eos_token_ids=eos_token_ids(model),
-        )
-        with progress_bar() as bar:
-            task = bar.add_task("text (tokens)", total=tokens)
-            write_text(
-                writer,
-                tokenizer,
-                text,
-                out / "text.jsonl",
-                on_progress=lambda done, total: bar.update(task, completed=done),
-            )
-        del writer  # its pages are the largest thing in memory
-        trainer = Trainer(
-            model,
-            shape,
-            read_conversations(out / "text.jsonl"),
-            TrainConfig(
-                steps=steps,
-                updates_per_step=updates,
-                conversations_per_step=conversations,
-                anchors_per_update=anchors,
-                learning_rate=learning_rate,
-                markov_lr_factor=markov_lr_factor,
-                ce_weight=ce_weight,
-                tv_weight=tv_weight,
-                seed=seed,
-            ),
-            out,
-        )
-        with progress_bar() as bar:
-            task = bar.add_task("training (steps)", total=steps, completed=trainer.step)
+        out.mkdir(parents=True, exist_ok=True)
+        _write(target, text, out, concurrency, device)
+        logs = find_spec("tensorboardX") is not None
+        if not logs:
+            err.print("no TensorBoard logs: they need `pip install 'dspark-serve\\[train]'`")
+        job = TrainJob(resolve_target(target), shape, config, out, device, logs)
+        if workers > 1:
+            run_on_workers(job, workers)
+        else:
+            with progress_bar() as bar:
+                task = bar.add_task("training (steps)", total=steps)
 
-            def show(step: int, loss: float, measures: Measures | None) -> None:
-                bar.update(task, completed=step, description=f"training, loss {loss:.3f}")
-                if measures is not None:
-                    trainer.save_checkpoint(out / "checkpoint")
-                    shares = " ".join(f"{share:.3f}" for share in measures.acceptance)
-                    bar.console.print(
-                        f"step {step}: held-out acceptance by position {shares}, greedy forecast "
-                        f"τ {measures.greedy_length:.2f}",
-                        highlight=False,
-                    )
+                def show(step: int, loss: float, measures: Measures | None) -> None:
+                    bar.update(task, completed=step, description=f"training, loss {loss:.3f}")
+                    if measures is not None:
+                        bar.console.print(measures.summary(step), highlight=False)
 
-            trainer.run(show)
-        err.print(f"the drafter is at {out / 'checkpoint'}", highlight=False)
+                run_job(job, show)
+        err.print(f"the drafter is at {out / CHECKPOINT}", highlight=False)
+
+
+def _write(target: str, text: TextConfig, out: Path, concurrency: int, device: str) -> None:
+    """The text, where it is not there in full already."""
+    from dspark.config import EngineConfig
+    from dspark.engine.assembly import eos_token_ids
+    from dspark.engine.verifier import VerifierEngine
+    from dspark.models.builtin import resolve_target
+    from dspark.models.target import TargetModel
+    from dspark.models.tokenizer import load_tokenizer
+    from dspark.training.job import TEXT
+    from dspark.training.text import tokens_written, write_text
+
+    if tokens_written(out / TEXT) >= text.tokens:
+        return
+    err.print("loading the target …")
+    model = TargetModel.load(resolve_target(target), device=device)
+    writer = VerifierEngine(
+        model,
+        EngineConfig(
+            max_requests=concurrency,
+            max_waiting=2 * concurrency,
+            cache_tokens=concurrency * (text.max_instruction * 2 + text.max_answer),
+        ),
+        eos_token_ids=eos_token_ids(model),
+    )
+    with progress_bar() as bar:
+        task = bar.add_task("text (tokens)", total=text.tokens)
+        write_text(
+            writer,
+            load_tokenizer(target),
+            text,
+            out / TEXT,
+            on_progress=lambda done, total: bar.update(task, completed=done),
+        )
+
+
+def _memory_table(memory: Memory) -> Table:
+    table = Table(title="memory of one worker", show_footer=True)
+    table.add_column("what", footer="in all")
+    table.add_column("GB", justify="right", footer=f"{memory.total_bytes / 1e9:.2f}")
+    for what, size in memory.parts.items():
+        table.add_row(what, f"{size / 1e9:.2f}")
+    return table
 
 
 def _numbers(text: str) -> tuple[float, ...]:

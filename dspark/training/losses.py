@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-_ROWS_AT_A_TIME = 2048
+ROWS_AT_A_TIME = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def restrict(logits: torch.Tensor, draft_token_ids: torch.Tensor) -> TargetLaw:
     # since a large vocabulary in float32 is more than all else that training holds.
     parts = [
         torch.log_softmax(part.float(), dim=-1)[:, draft_token_ids].exp_()
-        for part in logits.split(_ROWS_AT_A_TIME)
+        for part in logits.split(ROWS_AT_A_TIME)
     ]
     probs = torch.cat(parts)
     return TargetLaw(probs, (1.0 - probs.sum(dim=-1)).clamp_(min=0.0))

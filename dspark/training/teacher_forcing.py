@@ -84,7 +84,10 @@ def _hidden(
     grid, places, before, seen = to_device([grid, places, before, seen], device)
     tokens = drafter.block_tokens(captured.tokens[grid], drafter.config.block_size)  # [C, B, Q]
     block = tokens.shape[-1]
-    features = drafter.feature_projection(captured.taps)
+    taps = captured.taps
+    if not torch.is_autocast_enabled(device.type):
+        taps = taps.to(drafter.fc.weight.dtype)
+    features = drafter.feature_projection(taps)
     layers = [
         (_gather(keys, seen), _gather(values, seen))
         for keys, values in drafter.context_kv(features, captured.positions)

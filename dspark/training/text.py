@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from dspark.training.openings import OPENINGS
 from dspark.types import FinishReason, Request, SamplingParams
 
 _SLOT = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the user's text in a rendered template
+MIN_INSTRUCTION_TOKENS = 3
 MIN_ANSWER_TOKENS = 16
 _LONGEST_PERIOD = 64  # tokens of what a loop repeats
 _REPETITIONS = 3  # that are kept: what a drafter has to learn of a loop, it learns from these
@@ -61,6 +62,16 @@ def read_conversations(path: Path) -> list[Conversation]:
     return out
 
 
+def write_conversations(conversations: Iterable[Conversation], path: Path) -> None:
+    """A file of these and no others."""
+    path.write_text("".join(map(_line, conversations)))
+
+
+def tokens_written(path: Path) -> int:
+    """Answer tokens that a file holds."""
+    return sum(len(c.answer) for c in read_conversations(path)) if path.exists() else 0
+
+
 def write_text(
     engine: VerifierEngine,
     tokenizer: Any,
@@ -71,16 +82,14 @@ def write_text(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Append conversations until `config.tokens` answer tokens are there; returns how many are."""
-    done, count = 0, 0
-    if path.exists():
-        had = read_conversations(path)
-        path.write_text("".join(_line(c) for c in had))  # drops a line that was cut
-        done, count = sum(len(c.answer) for c in had), len(had)
+    had = read_conversations(path) if path.exists() else []
+    write_conversations(had, path)  # drops a line that was cut
+    done = sum(len(c.answer) for c in had)
     stop_at = time.monotonic() + max_seconds
     if done >= config.tokens:
         return done
     with path.open("a") as out:
-        for conversation in _conversations(engine, tokenizer, config, first=count):
+        for conversation in _conversations(engine, tokenizer, config, had):
             out.write(_line(conversation))
             done += len(conversation.answer)
             on_progress(min(done, config.tokens), config.tokens)
@@ -106,14 +115,14 @@ def _line(conversation: Conversation) -> str:
 
 
 def _conversations(
-    engine: VerifierEngine, tokenizer: Any, config: TextConfig, first: int
+    engine: VerifierEngine, tokenizer: Any, config: TextConfig, had: list[Conversation]
 ) -> Iterator[Conversation]:
     """Conversations without end, as they finish; each goes through an instruction and an answer."""
     before, after = chat_template(tokenizer)
-    rng = random.Random(f"{config.seed}/{first}")
+    rng = random.Random(f"{config.seed}/{len(had)}")
     instructions: dict[str, list[int]] = {}
     answers: dict[str, tuple[tuple[int, ...], float, list[int]]] = {}
-    seen: set[tuple[int, ...]] = set()
+    seen = {conversation.prompt for conversation in had}
     started = 0
     while True:
         while len(instructions) + len(answers) < engine.config.max_requests:
@@ -132,10 +141,10 @@ def _conversations(
                 turn = instructions.pop(name)
                 ended = result.finish_reason is FinishReason.STOP
                 body = tuple(turn[:-1]) if ended else ()
-                if len(body) < 3 or body in seen:
-                    continue  # ran on without an end, or was asked before
-                seen.add(body)
                 full = (*before, *body, *after)
+                if len(body) < MIN_INSTRUCTION_TOKENS or full in seen:
+                    continue  # ran on without an end, or was asked before
+                seen.add(full)
                 temperature = rng.choice(config.temperatures)
                 reply = f"answer-{name}"
                 answers[reply] = (full, temperature, [])

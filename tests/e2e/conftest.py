@@ -23,7 +23,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Ray is one a process, and others want it after
 def cluster() -> Iterator[LocalCluster]:
     http_port, grpc_port = free_ports(2)
     config = ServeConfig(

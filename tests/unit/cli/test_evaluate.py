@@ -109,20 +109,20 @@ def test_a_calibration_is_fitted_on_its_own_prompts_and_kept(
     shared = runner.invoke(app, [*common, "--calibrate-on", str(prompts)])
     assert shared.exit_code == 1
     assert "calibrate on others" in shared.stderr
-    assert read_calibration(drafter) is None
+    assert read_calibration(drafter, 4) is None
 
     fitting = [*common, "--calibrate-on", str(others), "--save-calibration"]
     few = runner.invoke(app, [*fitting, "--tokens", "4"])
     assert few.exit_code == 1
     assert "more prompts" in few.stderr.replace("\n", " ")
-    assert read_calibration(drafter) is None
+    assert read_calibration(drafter, 4) is None
 
     result = runner.invoke(app, fitting)
     assert result.exit_code == 0, result.output + result.stderr
-    table = read_calibration(drafter)
+    table = read_calibration(drafter, 4)
     assert table is not None
     assert table.blocks >= 512
-    assert read_calibration(shipped) is None  # only the drafter's that was evaluated
+    assert read_calibration(shipped, 4) is None  # only the drafter's that was evaluated
     assert "mine" in result.output
 
 

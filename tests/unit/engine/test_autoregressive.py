@@ -207,5 +207,5 @@ def test_another_vocabulary_is_refused_by_name(folders: tuple[Path, Path], tmp_p
         path.unlink()
     with pytest.raises(CheckpointError, match="cannot tell the vocabulary"):
         LLM(str(target), silent, dtype="float32")
-    with pytest.raises(ConfigError, match="no drafter folder"):
+    with pytest.raises(ConfigError, match="is no folder here"):
         LLM(str(target), str(tmp_path / "missing"), dtype="float32")

@@ -106,3 +106,14 @@ def test_greedy_with_drafts_is_greedy_without_in_bf16_too() -> None:
     assert drafted.drafted > 0
     assert drafted.accepted > 0
     assert drafted.tokens == plain.tokens
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_whole_sequences_are_those_of_one_step(family: str) -> None:
+    target = TargetModel(bf16_model(family), TAPS)
+    texts = [torch.arange(n) % 64 for n in (LENGTH, 7)]
+    both = target.forward_whole(texts, torch.arange(LENGTH + 7))
+    alone = [target.forward_whole([text], torch.arange(len(text))) for text in texts]
+    assert target.fused
+    torch.testing.assert_close(both.logits, torch.cat([one.logits for one in alone]))
+    torch.testing.assert_close(both.taps, torch.cat([one.taps for one in alone]))

@@ -13,6 +13,7 @@ from helpers.tiny import tiny_target
 from safetensors.torch import load_file, save_file
 
 from dspark.engine.drafting import DraftEngine
+from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.errors import CheckpointError
 from dspark.models.checkpoint import (
     CONFIG_FILE,
@@ -88,7 +89,7 @@ def make(folder: Path, drafter: DSparkDrafter, family: str = "qwen3", **fields: 
 
 
 def block(drafter: DSparkDrafter) -> BlockProposal:
-    engine = DraftEngine(drafter, num_pages=8)
+    engine = DraftEngine(DSparkBlocks(drafter), num_pages=8)
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(40, 32, generator=generator)
     sampling = SamplingParams(temperature=1.0, seed=5)

@@ -81,6 +81,24 @@ def test_paged_steps_equal_one_forward(family: str) -> None:
     assert taps < 1e-4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_sequences_equal_one_forward_each(family: str) -> None:
+    extra = FAMILIES[family]
+    reference = hf_model(family, vocab=64, **extra)
+    target = TargetModel(hf_model(family, vocab=64, **extra), TAPS)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 64, (n,), generator=generator) for n in LENGTHS]
+    rows = torch.arange(0, sum(LENGTHS), 3)
+    out = target.forward_whole(texts, rows)
+    with torch.inference_mode():
+        want = [reference(ids[None], output_hidden_states=True) for ids in texts]
+    logits = torch.cat([one.logits[0] for one in want])
+    taps = [torch.cat([one.hidden_states[i + 1][0] for i in TAPS], dim=-1) for one in want]
+    assert out.taps is not None
+    torch.testing.assert_close(out.logits, logits[rows], atol=1e-4, rtol=0.0)
+    torch.testing.assert_close(out.taps, torch.cat(taps), atol=1e-4, rtol=0.0)
+
+
 @pytest.mark.parametrize(
     ("family", "without"),
     [("mistral", {"sliding_window": None}), ("gemma2", {"attn_logit_softcapping": None})],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.families import drafter_of, target_of
 from helpers.tiny import TAPS, hf_model, tiny_drafter
+from helpers.training import counting
 
 from dspark.errors import ConfigError
 from dspark.models.sequential_head import MarkovHead, sequential_head
@@ -40,21 +41,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def conversations(count: int = 60) -> list[Conversation]:
-    """Text that counts upwards: what follows is known from the token before."""
-    generator = torch.Generator().manual_seed(0)
-    out = []
-    for _ in range(count):
-        start = int(torch.randint(0, 30, (1,), generator=generator))
-        tokens = tuple((start + i) % 30 for i in range(24))
-        out.append(Conversation(tokens[:4], tokens[4:], 1.0))
-    return out
-
-
 def trainer(folder: Path, config: TrainConfig = CONFIG, **kind: Any) -> Trainer:
     target = TargetModel(hf_model(), TAPS)
     shape = replace(tiny_drafter(target, **kind).config, draft_vocab_size=24)
-    return Trainer(target, shape, conversations(), config, folder)
+    return Trainer(target, shape, counting(), config, folder)
 
 
 def nothing(step: int, loss: float, measures: Measures | None) -> None:
@@ -96,7 +86,7 @@ def test_other_families_start_and_learn(family: str, tmp_path: Path) -> None:
     losses: list[float] = []
     shape = replace(drafter_of(family).config, draft_vocab_size=24)
     config = replace(CONFIG, steps=40)
-    learner = Trainer(target_of(family), shape, conversations(), config, tmp_path)
+    learner = Trainer(target_of(family), shape, counting(), config, tmp_path)
     learner.run(lambda step, loss, measures: losses.append(loss))
     assert sum(losses[-5:]) < 0.96 * sum(losses[:5])
 
@@ -113,7 +103,7 @@ def test_another_draft_vocabulary_is_not_gone_on_with(tmp_path: Path) -> None:
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     target = TargetModel(hf_model(), TAPS)
     with pytest.raises(ConfigError, match="too few"):
-        Trainer(target, tiny_drafter(target).config, conversations(20), CONFIG, tmp_path)
+        Trainer(target, tiny_drafter(target).config, counting(20), CONFIG, tmp_path)
 
 
 def test_the_draft_vocabulary_is_the_most_frequent_tokens() -> None:
@@ -139,7 +129,7 @@ def test_every_head_can_begin_as_bigrams(kind: str, off_by: float) -> None:
 
 
 def test_bigram_factors_rank_what_follows() -> None:
-    text = conversations()
+    text = counting()
     w1, w2 = bigram_factors(text, torch.arange(30), 32, rank=31)
     table = w1 @ w2.T
     assert table[:30].argmax(-1).tolist() == [(i + 1) % 30 for i in range(30)]
