@@ -42,10 +42,9 @@ from dspark.engine.drafting import DraftEngine
 from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.engine.judge import Judged, judge
 from dspark.engine.profiling import step_batch
-from dspark.engine.sequence import pages_for
 from dspark.engine.verifier import VerifierEngine
 from dspark.evaluation.provenance import provenance
-from dspark.kernels.attention_plan import plan_attention
+from dspark.kernels.attention_plan import pages_for, plan_attention
 from dspark.models.drafter import DrafterConfig, DSparkDrafter
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel, TargetOutput

@@ -27,8 +27,8 @@ from dspark.engine.assembly import load_target
 from dspark.engine.judge import Judged, judge
 from dspark.engine.llm import LLM
 from dspark.engine.profiling import step_batch
-from dspark.engine.sequence import pages_for
 from dspark.evaluation.provenance import provenance
+from dspark.kernels.attention_plan import pages_for
 from dspark.kernels.cpu import operators
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetModel

@@ -21,6 +21,11 @@ PAGE_SIZE = 16  # slots
 Pages = npt.NDArray[np.int32]
 
 
+def pages_for(tokens: int) -> int:
+    """Pages that `tokens` positions need."""
+    return -(-tokens // PAGE_SIZE)
+
+
 class PlacedPlan(NamedTuple):
     """The tensors of an AttentionPlan on its device."""
 

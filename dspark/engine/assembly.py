@@ -16,9 +16,9 @@ from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.engine.lookup import BLOCK_SIZE as LOOKUP_BLOCK_SIZE
 from dspark.engine.lookup import PromptLookup
 from dspark.engine.profiling import profile_steps
-from dspark.engine.sequence import pages_for
 from dspark.engine.verifier import VerifierEngine
 from dspark.errors import ConfigError, DownloadError
+from dspark.kernels.attention_plan import pages_for
 from dspark.models.builtin import resolve_target, shipped_drafter
 from dspark.models.causal_drafter import check_vocabulary, is_causal_lm
 from dspark.models.checkpoint import fingerprint, load_drafter, read_calibration, read_config

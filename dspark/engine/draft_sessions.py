@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from dspark.engine.pages import PagePool
-from dspark.engine.sequence import pages_for
-from dspark.kernels.attention_plan import PAGE_SIZE, Pages
+from dspark.kernels.attention_plan import PAGE_SIZE, Pages, pages_for
 from dspark.types import DraftWork, ResyncRequest
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from dspark.engine.judge import Judged, judge
-from dspark.engine.sequence import pages_for
-from dspark.kernels.attention_plan import plan_attention
+from dspark.kernels.attention_plan import pages_for, plan_attention
 from dspark.kernels.cpu import operators
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 
 from dspark.config import EngineConfig
 from dspark.engine.pages import PagePool, page_keys
-from dspark.engine.sequence import Sequence, pages_for
+from dspark.engine.sequence import Sequence
 from dspark.errors import InvalidRequestError, OverloadedError
-from dspark.kernels.attention_plan import PAGE_SIZE
+from dspark.kernels.attention_plan import PAGE_SIZE, pages_for
 from dspark.types import FinishReason, Request
 
 

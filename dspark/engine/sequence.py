@@ -100,8 +100,3 @@ class Sequence:
                 break
         self.tokens.extend(kept)
         return tuple(kept)
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that `tokens` positions need."""
-    return -(-tokens // PAGE_SIZE)

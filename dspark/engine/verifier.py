@@ -356,7 +356,8 @@ class VerifierEngine:
         sequence.round += 1
         sequence.proposal = None
         accepted = min(verdict.accepted, len(kept))
-        told = turn.verified if accepted == verdict.accepted else accepted
+        # what was drafted behind a token that ends the text was never put to the test
+        told = turn.verified if len(kept) > accepted else accepted
         return VerificationResult(
             request_id=sequence.request.id,
             token_ids=kept,

@@ -20,10 +20,10 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from dspark.errors import CheckpointError
 from dspark.kernels.attention_plan import (
-    PAGE_SIZE,
     AttentionPlan,
     RowPlan,
     WholePlan,
+    pages_for,
     plan_attention,
 )
 from dspark.kernels.reference.whole_attention import whole_attention
@@ -170,7 +170,7 @@ class TargetModel:
         """
         lengths = [len(text) for text in texts]
         if self._fused is not None:
-            pages = [-(-length // PAGE_SIZE) for length in lengths]
+            pages = [pages_for(length) for length in lengths]
             ends = np.cumsum(pages) + 1
             tables = [np.arange(e - n, e, dtype=np.int32) for n, e in zip(pages, ends, strict=True)]
             plan = plan_attention(tables, [0] * len(texts), lengths, self.device)
