@@ -33,7 +33,7 @@ def train(
     target: str = typer.Option("smollm2-135m", help="Built-in name, folder or Hugging Face id."),
     tokens: int = typer.Option(1_000_000, min=1, help="Answer tokens that the target writes."),
     steps: int = typer.Option(2000, min=1, help="Training steps."),
-    block_size: int = typer.Option(5, min=1, max=64, help="γ: draft tokens a block."),
+    block_size: int = typer.Option(7, min=1, max=64, help="γ: draft tokens a block."),
     layers: int = typer.Option(2, min=1, help="Drafter layers."),
     intermediate: int = typer.Option(0, help="Width of their MLP; 0: the target's."),
     kv_heads: int = typer.Option(0, help="KV heads of the drafter; 0: as many as query heads."),
@@ -43,7 +43,7 @@ def train(
         False, "--fill-in", help="γ masks after the anchor, whose own row predicts nothing."
     ),
     draft_vocab: int = typer.Option(8192, min=1, help="Most frequent tokens that can be drafted."),
-    context_window: int = typer.Option(64, min=0, help="Context rows a block sees; 0: all."),
+    context_window: int = typer.Option(512, min=0, help="Context rows a block sees; 0: all."),
     target_layers: str = typer.Option("", help="Layers to tap, such as 8,18,28; default: spread."),
     mask_token: str = typer.Option("", help="Token that stands for a position to draft."),
     learning_rate: float = typer.Option(6e-4, help="Peak, after a warm-up; cosine to zero."),
@@ -52,6 +52,7 @@ def train(
     tv_weight: float = typer.Option(0.9, help="Weight of total variation (the paper: 0.9)."),
     temperatures: str = typer.Option("0,0.7,1", help="Of the answers written; drawn evenly."),
     updates: int = typer.Option(6, min=1, help="Drafter updates a step."),
+    max_tokens: int = typer.Option(512, min=32, help="What is longer of a conversation is cut."),
     conversations: int = typer.Option(4, min=1, help="Conversations a step."),
     anchors: int = typer.Option(160, min=1, help="Blocks an update."),
     average_decay: float = typer.Option(
@@ -104,6 +105,7 @@ def train(
             updates_per_step=updates,
             conversations_per_step=conversations,
             anchors_per_update=anchors,
+            max_tokens=max_tokens,
             learning_rate=learning_rate,
             markov_lr_factor=markov_lr_factor,
             ce_weight=ce_weight,

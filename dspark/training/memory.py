@@ -57,7 +57,8 @@ def training_memory(
     conversation = Conversation((0,), (0,) * (config.max_tokens - 1), 1.0)
     rows = Rows.of([conversation] * texts, config.max_tokens)
     most = config.anchors_per_update // workers
-    anchors = rows.anchors[torch.randperm(len(rows.anchors))[: most * config.updates_per_step]]
+    drawn = torch.randperm(len(rows.anchors), generator=torch.Generator().manual_seed(0))
+    anchors = rows.anchors[drawn[: most * config.updates_per_step]]
     judged = rows.drafted_from(anchors, shape.block_size)
     with torch.device("meta"):
         ends = torch.empty(text.vocab_size, text.hidden_size, dtype=torch.bfloat16)

@@ -85,8 +85,8 @@ def _hidden(
     tokens = drafter.block_tokens(captured.tokens[grid], drafter.config.block_size)  # [C, B, Q]
     block = tokens.shape[-1]
     taps = captured.taps
-    if not torch.is_autocast_enabled(device.type):
-        taps = taps.to(drafter.fc.weight.dtype)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        taps = taps.to(drafter.fc.weight.dtype)  # otherwise autocast does, and to the smaller one
     features = drafter.feature_projection(taps)
     layers = [
         (_gather(keys, seen), _gather(values, seen))

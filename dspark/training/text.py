@@ -101,13 +101,12 @@ def write_text(
 def until_it_repeats(tokens: list[int]) -> list[int]:
     """An answer up to where it does nothing any more but say the same again."""
     ids = np.asarray(tokens)
+    kept = len(ids)
     for period in range(1, min(_LONGEST_PERIOD, len(ids) // _REPETITIONS) + 1):
         same = ids[period:] == ids[:-period]
         run = len(same) if same.all() else int(np.argmin(same[::-1]))  # at the end
-        kept = len(ids) - run + (_REPETITIONS - 1) * period
-        if kept < len(ids):
-            return tokens[:kept]
-    return tokens
+        kept = min(kept, len(ids) - run + (_REPETITIONS - 1) * period)
+    return tokens[:kept]
 
 
 def _line(conversation: Conversation) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.tiny import hf_model, save_models, tiny_drafter, tiny_target
+from helpers.tokenizer import byte_level
 
 from dspark.errors import CheckpointError
 from dspark.training.memory import training_memory
@@ -19,8 +20,8 @@ CONFIG = TrainConfig(
 
 def test_weights_and_what_follows_from_them_are_counted(tmp_path: Path) -> None:
     folder, _ = save_models(tmp_path)
-    target = hf_model(vocab=262)
-    drafter = tiny_drafter(tiny_target(vocab=262))
+    target = hf_model(vocab=len(byte_level()))
+    drafter = tiny_drafter(tiny_target(vocab=len(byte_level())))
     parts = training_memory(str(folder), drafter.config, CONFIG).parts
     own = sum(p.numel() for p in drafter.parameters())
     assert parts["drafter: float32 weights"] == parts["drafter: gradients"] == 4 * own
@@ -32,7 +33,7 @@ def test_weights_and_what_follows_from_them_are_counted(tmp_path: Path) -> None:
 
 def test_it_grows_with_the_work_of_a_step_and_not_with_their_number(tmp_path: Path) -> None:
     folder, _ = save_models(tmp_path)
-    shape = tiny_drafter(tiny_target(vocab=262)).config
+    shape = tiny_drafter(tiny_target(vocab=len(byte_level()))).config
 
     def of(workers: int = 1, **changes: int) -> dict[str, int]:
         return training_memory(str(folder), shape, replace(CONFIG, **changes), workers).parts
