@@ -55,6 +55,12 @@ class LeaseKeeper:
                 await self._beat(self._channel)
             except grpc.aio.AioRpcError as error:
                 log.warning("could not announce draining: %s", error.details())
+            except asyncio.CancelledError:
+                # A heartbeat that failed meanwhile has closed the channel, and this call with it.
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                log.warning("could not announce draining: the scheduler was lost meanwhile")
 
     async def stop(self) -> None:
         """Stop beating; the lease runs out by itself."""
