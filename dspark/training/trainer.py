@@ -29,8 +29,8 @@ from dspark.training.text import Conversation
 STATE_FILE = "trainer.pt"
 _HELD_OUT = 24  # conversations that are never trained on
 _SORTED_BATCHES = 16
-# All but cuDNN's, which plans anew for each shape: no two batches have the same, and on an H100 the
-# plans took twice the time of everything else.
+# All but cuDNN's, which plans anew for each shape: no two batches have the same, and on an H100 its
+# calls took half of a step.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
