@@ -51,13 +51,8 @@ class StoredEnds:
 
     def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str) -> None:
         self._path, self._dtype, self._device = str(path), dtype, device
-        try:
-            config = AutoConfig.from_pretrained(path)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot load the target {self._path!r}: {error}") from error
-        text = config.get_text_config()
+        model = empty_target(path)
+        text = model.config.get_text_config()
         self.vocab_size: int = text.vocab_size
         self.hidden_size: int = text.hidden_size
         self.num_layers: int = text.num_hidden_layers
@@ -112,6 +107,16 @@ class StoredEnds:
         except OSError as error:
             raise CheckpointError(f"cannot fetch {name} of {self._path!r}: {error}") from error
         return file
+
+
+def empty_target(path: str | Path) -> Any:
+    """A target's modules without their weights; CheckpointError if its configuration is no use."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load the target {str(path)!r}: {error}") from error
 
 
 def _name_of(model: Any, module: Any) -> str:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from dspark.errors import CheckpointError
 from dspark.models.drafter import DrafterConfig, DSparkDrafter
+from dspark.models.target_ends import empty_target
 from dspark.training.capture import Captured, Rows
 from dspark.training.losses import ROWS_AT_A_TIME, TargetLaw, draft_loss
 from dspark.training.teacher_forcing import force
@@ -46,13 +45,8 @@ def training_memory(
     `target` is a folder or a Hugging Face id, of which only the configuration is read.
     CheckpointError if there is none.
     """
-    try:
-        hf = AutoConfig.from_pretrained(target)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read the configuration of {target!r}: {error}") from error
-    text = hf.get_text_config()
+    model = empty_target(target)
+    text = model.config.get_text_config()
     texts = max(1, config.conversations_per_step // workers)
     conversation = Conversation((0,), (0,) * (config.max_tokens - 1), 1.0)
     rows = Rows.of([conversation] * texts, config.max_tokens)

@@ -27,6 +27,7 @@ from dspark.training.teacher_forcing import force
 from dspark.training.text import Conversation
 
 STATE_FILE = "trainer.pt"
+_STATE = {"step", "drafter", "optimizer", "average", "draft_token_ids"}
 _HELD_OUT = 24  # conversations that are never trained on
 _SORTED_BATCHES = 16
 # All but cuDNN's, which plans anew for each shape: no two batches have the same, and on an H100 its
@@ -110,11 +111,12 @@ class Trainer:
                 f"{_HELD_OUT}: write more text first (`dspark train --tokens`)"
             )
         self.peers = Peers()
-        if config.conversations_per_step % self.peers.count:
-            raise ConfigError(
-                f"{config.conversations_per_step} conversations a step cannot be shared evenly by "
-                f"{self.peers.count} workers"
-            )
+        for name in ("conversations_per_step", "anchors_per_update"):
+            if getattr(config, name) % self.peers.count:
+                raise ConfigError(
+                    f"{name} is {getattr(config, name)}, which {self.peers.count} workers cannot "
+                    "share evenly: choose a multiple of their number"
+                )
         self.target, self.config, self.folder = target, config, folder
         self._held_out, self._text = usable[:_HELD_OUT], usable[_HELD_OUT:]
         torch.manual_seed(config.seed)
@@ -127,8 +129,7 @@ class Trainer:
         self._autocast = torch.autocast(
             target.device.type, dtype=torch.bfloat16, enabled=_bf16_pays(target.device)
         )
-        resumed = self._resume()
-        if not resumed:
+        if not self._resume():
             start(self.drafter, target, self._text, config.max_tokens)
             self.peers.agree(p.data for p in self.drafter.parameters())
             self._averaged = AveragedWeights(self.drafter, config.average_decay)
@@ -300,6 +301,11 @@ class Trainer:
         if not path.exists():
             return False
         state = torch.load(path, map_location=self.target.device, weights_only=True)
+        if state.keys() != _STATE:
+            raise ConfigError(
+                f"{path} holds {sorted(state)}, not {sorted(_STATE)}: another version wrote it. "
+                "Train into a new folder"
+            )
         if not torch.equal(state["draft_token_ids"], self.drafter.draft_token_ids):
             raise ConfigError(
                 f"{path} was trained with another draft vocabulary: the text or --draft-vocab "

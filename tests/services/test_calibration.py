@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -269,7 +269,7 @@ async def test_a_bad_table_does_not_cost_the_plan(caplog: pytest.LogCaptureFixtu
 class Boastful(ScriptedLink):
     """Always as good as certain of itself."""
 
-    def submit(self, works: list[DraftWork]) -> None:  # type: ignore[override]
+    def submit(self, works: Sequence[DraftWork]) -> None:
         super().submit(works)
         self._ready = [
             replace(p, confidences=np.full_like(p.confidences, 0.95)) for p in self._ready

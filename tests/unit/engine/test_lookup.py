@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from helpers.tiny import (
@@ -42,8 +43,8 @@ def sequence(tokens: Sequence[int], sampling: SamplingParams = GREEDY) -> engine
     return engine_sequence.Sequence(Request("a", tuple(tokens), sampling), frozenset())
 
 
-def looked_up(tokens: Sequence[int], size: int = 4, **sampling: object) -> BlockProposal | None:
-    one = sequence(tokens, replace(GREEDY, **sampling))  # type: ignore[arg-type]
+def looked_up(tokens: Sequence[int], size: int = 4, **sampling: Any) -> BlockProposal | None:
+    one = sequence(tokens, replace(GREEDY, **sampling))
     return PromptLookup().propose(one, size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -118,10 +119,10 @@ def test_nothing_is_fitted_to_nothing() -> None:
     ],
 )
 def test_blocks_that_cannot_be_are_refused(
-    confidences: list[object], verified: list[int], accepted: list[int], match: str
+    confidences: list[list[float]], verified: list[int], accepted: list[int], match: str
 ) -> None:
     with pytest.raises(ValueError, match=match):
-        fit_temperatures(confidences, verified, accepted)  # type: ignore[arg-type]
+        fit_temperatures(confidences, verified, accepted)
 
 
 def test_the_error_is_the_gap_between_promise_and_outcome() -> None:
@@ -142,7 +143,7 @@ def test_the_error_is_the_gap_between_promise_and_outcome() -> None:
     st.randoms(use_true_random=False),
 )
 def test_the_error_is_a_share_and_knows_no_order(
-    pairs: list[tuple[float, bool]], rng: object
+    pairs: list[tuple[float, bool]], rng: random.Random
 ) -> None:
     def of(some: list[tuple[float, bool]]) -> float:
         return expected_calibration_error(
@@ -150,7 +151,7 @@ def test_the_error_is_a_share_and_knows_no_order(
         )
 
     shuffled = [*pairs]
-    rng.shuffle(shuffled)  # type: ignore[attr-defined]
+    rng.shuffle(shuffled)
     assert 0.0 <= of(pairs) <= 1.0
     assert of(shuffled) == pytest.approx(of(pairs))
 

@@ -133,3 +133,12 @@ def test_bigram_factors_rank_what_follows() -> None:
     w1, w2 = bigram_factors(text, torch.arange(30), 32, rank=31)
     table = w1 @ w2.T
     assert table[:30].argmax(-1).tolist() == [(i + 1) % 30 for i in range(30)]
+
+
+def test_a_state_of_another_version_is_not_gone_on_with(tmp_path: Path) -> None:
+    trainer(tmp_path).run(nothing)
+    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
+    del state["average"]
+    torch.save(state, tmp_path / STATE_FILE)
+    with pytest.raises(ConfigError, match="another version"):
+        trainer(tmp_path)
