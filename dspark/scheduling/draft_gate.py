@@ -8,9 +8,11 @@ what it knows of times, it learns by load, and guesses a load that it has not se
 
 While it is closed, a few rounds in a row are drafted now and then, since texts change and machines
 do: the first rounds after a start are often slow. Pauses grow until the time that this takes is a
-small share, for each load by itself, since loads come and go. While it is open, every so often
-another length is asked for than the best, and nothing at all, for the same reason: what a round
-without drafts takes is half of every comparison.
+small share, for each load by itself, since loads come and go. Where drafting clearly loses, a few
+of many requests are drafted for: they show what texts are like, at a fraction of the cost.
+
+While it is open, every so often another length is asked for than the best, and nothing at all, for
+the same reason: what a round without drafts takes is half of every comparison.
 
 It looks at blocks of the past only, never at the one at hand, so it cannot bias what is emitted.
 """
@@ -33,6 +35,9 @@ _EXPLORE = 64  # rounds between those that are run to learn of other lengths
 _EXPLORE_NONE = 64  # and between those without drafts, where drafting hardly pays
 _HARDLY = 0.25  # gained; who gains more asks less often whether it does
 _PROBE_ROUNDS = 3  # in a row, so that what only the first of them suffers from does not count
+_PROBE_WIDTH = 4  # requests that a probe drafts for where it cannot be close
+_CLOSE_CALL = 0.9  # gain; what is below is not put down to a mistake about times
+_UNMEASURED_PROBES = 2  # before drafting for all is timed at a load, however bad it looks
 _PROBE_SHARE = 0.004  # of the time, spent on probing in the long run
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 2048  # rounds
 _PAUSE_GROWTH = 4  # a start is over after few probes, and what loses then mostly goes on losing
@@ -52,6 +57,9 @@ class _Closed:
     pause: int = _FIRST_PAUSE  # the next one
     rest: int = 0  # rounds that are left of the pause under way
     probe: int = 0  # and of the probe after it
+    first: bool = False  # of that probe, the next round
+    narrow: bool = False  # that probe: it drafts for a few requests
+    probes: int = 0  # so far
 
 
 class DraftGate:
@@ -71,6 +79,7 @@ class DraftGate:
         self._age = 0  # rounds since the last estimate
         self._since_none = 0  # rounds since some were run without drafts to learn
         self._closed: defaultdict[int, _Closed] = defaultdict(_Closed)  # by load
+        self.width: int | None = None  # requests that the next blocks are for; None: all
 
     def record(self, survivals: Sequence[FloatArray]) -> None:
         """Blocks that were drafted in one round. Looked at when an estimate is made."""
@@ -109,11 +118,14 @@ class DraftGate:
     def block_size(
         self, requests: int, most: int, latency_ms: float = 0.0, search: Search = "global"
     ) -> int:
-        """Tokens to draft for each of `requests` requests, at most `most`; 0: none.
+        """Tokens to draft for each of `requests` requests, or `width` of them, at most `most`.
+
+        0: none, now; `width` is then that of the blocks that come after `rest` rounds.
 
         `latency_ms`: how long after they are asked for blocks come, if other steps may run
         meanwhile. `search`: as the blocks will be planned.
         """
+        self.width = None
         if not (len(self._blocks) or self._latest) or not self._times.drafting_known:
             return most
         self._rounds += 1
@@ -130,16 +142,29 @@ class DraftGate:
             # A round that an estimate has made longer is none to learn from.
             return min(self._size, most) if estimates else self._another(most)
         if closed.rest == 0 and closed.probe == 0:
-            closed.rest, closed.probe = closed.pause, _PROBE_ROUNDS
-            cost = self._times.draft_ms(requests, most) / self._times.plain_ms(requests)
-            enough = int(max(_PROBE_ROUNDS * cost / _PROBE_SHARE, _FIRST_PAUSE))
-            closed.pause = min(_PAUSE_GROWTH * closed.pause, enough, _LONGEST_PAUSE)
+            self._pause(closed, requests, most)
+        self.width = _PROBE_WIDTH if closed.narrow else None
         if closed.rest:
             closed.rest -= 1
             return 0
         closed.probe -= 1
         # The whole block first, to see the text as it is now; then what may pay.
-        return most if closed.probe == _PROBE_ROUNDS - 1 else min(self._best or most, most)
+        first, closed.first = closed.first, False
+        return most if first else min(self._best or most, most)
+
+    def _pause(self, closed: _Closed, requests: int, most: int) -> None:
+        """The next pause, and the probe after it."""
+        known = self._times.knows_drafting(requests)
+        hopeless = self._gain < _CLOSE_CALL and (known or closed.probes < _UNMEASURED_PROBES)
+        closed.narrow = hopeless and requests > _PROBE_WIDTH
+        closed.rest, closed.first = closed.pause, True
+        closed.probe = _PROBE_ROUNDS + (not known)  # times leave the first out
+        closed.probes += 1
+        cost = self._times.draft_ms(requests, most) / self._times.plain_ms(requests)
+        if closed.narrow:
+            cost *= _PROBE_WIDTH / requests
+        enough = int(max(_PROBE_ROUNDS * cost / _PROBE_SHARE, _FIRST_PAUSE))
+        closed.pause = min(_PAUSE_GROWTH * closed.pause, enough, _LONGEST_PAUSE)
 
     def _another(self, most: int) -> int:
         """While open: the best length but for rounds that are run to learn."""

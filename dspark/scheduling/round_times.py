@@ -111,6 +111,10 @@ class _Load:
     )
     wait_ms: _Recent = field(default_factory=_Recent)  # for blocks, with nothing else to do
 
+    @property
+    def drafting_known(self) -> bool:
+        return any(len(times) >= _LEAST for times in self.draft_ms.values())
+
     def usual_draft_ms(self, size: int) -> float | None:
         """As measured, or on the line through what was: drafting has a part that no length saves.
 
@@ -149,8 +153,9 @@ class RoundTimes:
         round_ms: float,
         waited_ms: float = 0.0,  # of the round, for blocks
         overlapped: bool = False,  # other requests were drafted for meanwhile
+        prefill: bool = False,  # prompts took part in the step
     ) -> None:
-        """A round without prompts took so long.
+        """A round took so long. Steps with prompts do not compare, but what is beside them does.
 
         The first after a change between drafting and none is left out, since it pays for that.
         """
@@ -161,25 +166,29 @@ class RoundTimes:
         else:
             self._in_a_row += 1
         load = self._at(requests)
+        if not prefill:
+            self._take_in(load, requests, tokens, step_ms)
+        beside = load.draft_ms[drafted] if drafted else load.plain_ms
+        beside.add((round_ms - step_ms - waited_ms) / self._slow)
+        if drafted and not overlapped:
+            load.wait_ms.add(waited_ms / self._slow)
+
+    def _take_in(self, load: _Load, requests: int, tokens: int, step_ms: float) -> None:
         step = _Step(requests, tokens / requests, step_ms / self.table.ms(requests, tokens))
         if step.wide:
             load.wide_rows.add(step.rows)
         self._compare(step, load)
         self._steps.append(step)
-        slow = self._slow = median(self._usual_ratios(list(self._steps)[-_SPEED_MEMORY:]))
-        beside = load.draft_ms[drafted] if drafted else load.plain_ms
-        beside.add((round_ms - step_ms - waited_ms) / slow)
-        if drafted and not overlapped:
-            load.wait_ms.add(waited_ms / slow)
+        self._slow = median(self._usual_ratios(list(self._steps)[-_SPEED_MEMORY:]))
 
     @property
     def drafting_known(self) -> bool:
         """Whether rounds with drafting have been measured, at whatever load."""
-        return any(
-            len(times) >= _LEAST
-            for load in self._loads.values()
-            for times in load.draft_ms.values()
-        )
+        return any(load.drafting_known for load in self._loads.values())
+
+    def knows_drafting(self, requests: int) -> bool:
+        """Whether they have been at this load."""
+        return self._at(requests).drafting_known
 
     def step_ms(self, requests: int, tokens: float) -> float:
         """A step of `tokens` target tokens in all."""

@@ -23,33 +23,45 @@ MOST = len(GOOD)
 class Verifier:
     """Plays rounds whose times are the table's, but for a factor and what drafting takes.
 
-    A block of one token takes 0.6 of the time of a whole one.
+    A block of one token takes 0.6 of the time of a whole one. Drafting for a few of many requests
+    takes as much less. With `prefill`, prompts take part in every step.
     """
 
-    def __init__(self, draft_ms: float = 2.0, slower: float = 1.0) -> None:
+    def __init__(
+        self, draft_ms: float = 2.0, slower: float = 1.0, *, prefill: bool = False
+    ) -> None:
         self.times = RoundTimes(TABLE)
         self.gate = DraftGate(self.times)
-        self.draft_ms, self.slower = draft_ms, slower
+        self.draft_ms, self.slower, self.prefill = draft_ms, slower, prefill
         self.sizes: Counter[int] = Counter()
+        self.widths: Counter[int] = Counter()  # requests drafted for
+        self.drafting_ms = 0.0
 
     def rounds(self, block: np.ndarray, count: int, requests: int = 1) -> int:
         """How many of `count` were drafted for."""
         self.sizes.clear()
+        self.widths.clear()
         for _ in range(count):
             size = self.gate.block_size(requests, MOST)
             self.sizes[size] += 1
-            tokens = requests
+            tokens, drafting_ms = requests, 0.0
+            width = self.gate.width or requests
             if size:
-                self.gate.record([block[:size]] * requests)
-                tokens = requests + min(size, 2)
+                self.widths[width] += 1
+                self.gate.record([block[:size]] * width)
+                tokens += min(size, 2)
+                drafting_ms = self.draft_ms * (0.467 + 0.533 * size / MOST) * width / requests
+            self.drafting_ms += drafting_ms
             step_ms = self.slower * TABLE.ms(requests, tokens)
-            drafting = self.draft_ms * (0.467 + 0.533 * size / MOST) if size else 0.0
+            if size and width < requests:
+                continue
             self.times.record(
                 requests=requests,
                 tokens=tokens,
                 drafted=size,
-                step_ms=step_ms,
-                round_ms=step_ms + 0.5 + drafting,
+                step_ms=step_ms + (40.0 if self.prefill else 0.0),
+                round_ms=step_ms + (40.0 if self.prefill else 0.0) + 0.5 + drafting_ms,
+                prefill=self.prefill,
             )
         return count - self.sizes[0]
 
@@ -63,6 +75,51 @@ def test_while_drafting_loses_it_costs_a_small_share_of_the_time() -> None:
     assert verifier.rounds(BAD, 100) < 25
     verifier.rounds(BAD, 2000)
     assert verifier.rounds(BAD, 5000) * 5.0 < 0.005 * 5000 * 11.5
+
+
+def test_under_a_heavy_load_it_hardly_costs_anything_from_the_first_round() -> None:
+    """Probes draft for a few requests: drafting for all would lose whatever texts are like."""
+    verifier = Verifier(draft_ms=30.0)
+    verifier.rounds(BAD, 6, requests=32)
+    verifier.drafting_ms = 0.0
+    verifier.rounds(BAD, 100, requests=32)
+    assert verifier.widths[4] >= 6
+    assert verifier.widths[32] == 0
+    assert verifier.drafting_ms < 0.01 * 100 * 43.0
+    verifier.rounds(BAD, 5000, requests=32)
+    verifier.drafting_ms = 0.0
+    verifier.rounds(BAD, 5000, requests=32)
+    assert verifier.drafting_ms < 0.005 * 5000 * 43.0
+
+
+def test_a_few_requests_show_that_drafting_pays_for_all() -> None:
+    verifier = Verifier(draft_ms=30.0)
+    verifier.rounds(BAD, 500, requests=32)
+    verifier.rounds(np.ones(4, dtype=np.float32), 5000, requests=32)
+    assert verifier.rounds(np.ones(4, dtype=np.float32), 100, requests=32) > 90
+    assert verifier.widths[32] > 90
+
+
+def test_what_drafting_takes_is_timed_at_a_load_before_it_is_given_up() -> None:
+    """Times of a smaller load, in proportion, make drafting look dearer than it may be."""
+    verifier = Verifier(draft_ms=30.0)
+    verifier.rounds(BAD, 40, requests=4)
+    verifier.draft_ms = 40.0
+    assert verifier.times.draft_ms(32, MOST) == pytest.approx(240, rel=0.1)
+    verifier.rounds(BAD, 400, requests=32)
+    assert set(verifier.widths) == {4, 32}
+    assert verifier.times.draft_ms(32, MOST) < 45
+
+
+def test_times_are_learnt_while_prompts_keep_coming() -> None:
+    """Under steady traffic hardly a step is without one."""
+    verifier = Verifier(draft_ms=30.0, prefill=True)
+    verifier.rounds(BAD, 6, requests=32)
+    assert verifier.times.drafting_known
+    assert verifier.times.draft_ms(32, MOST) == pytest.approx(30.5)
+    assert verifier.times.step_ms(32, 32) == pytest.approx(TABLE.ms(32, 32)), "prompts compared"
+    verifier.rounds(BAD, 100, requests=32)
+    assert verifier.widths[32] == 0
 
 
 def test_it_says_how_long_no_blocks_will_be_asked_for() -> None:
