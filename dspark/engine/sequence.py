@@ -53,6 +53,11 @@ class Sequence:
         """Tokens that may still be emitted."""
         return self.request.sampling.max_tokens - self.generated
 
+    @property
+    def useful(self) -> int:
+        """Draft tokens that a block can bring now: the last token is the target's own."""
+        return self.remaining - 1 if self.decoding and self.finish_reason is None else 0
+
     def hold(self, pages: list[int]) -> None:
         """Take pages for the positions after those held."""
         self.pages = np.append(self.pages, np.array(pages, dtype=np.int32))

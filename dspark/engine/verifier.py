@@ -2,13 +2,11 @@
 
 Each call of `step` runs every admitted request once: decoding requests with their anchor and the
 admitted part of their block, new ones with the next chunk of their prompt. Only this engine commits
-tokens. While no drafter answers, blocks are looked up in the requests' own text, or every request
-decodes one token a step.
+tokens; dspark.engine.speculation decides what is drafted and verified.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -24,28 +22,16 @@ from dspark.engine.judge import Judged, judge
 from dspark.engine.lookup import PromptLookup
 from dspark.engine.roster import Roster
 from dspark.engine.sequence import Sequence
-from dspark.kernels.attention_plan import PAGE_SIZE, plan_attention
+from dspark.engine.speculation import Round, Speculation
+from dspark.kernels.attention_plan import plan_attention
 from dspark.kernels.cpu import operators
 from dspark.models.drafter import FeatureProjection
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
 from dspark.scheduling.calibration import CalibrationInUse
-from dspark.scheduling.draft_gate import DraftGate
 from dspark.scheduling.outcomes import OutcomeSample
-from dspark.scheduling.planner import Search, plan_lengths
-from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
-from dspark.scheduling.survival import survival
-from dspark.types import (
-    Request,
-    StepPlan,
-    StepReport,
-    VerificationPolicy,
-    VerificationResult,
-    VerifyMode,
-)
-
-_SPLIT_GAIN = 0.95  # a round is halved for no less than this
+from dspark.types import Request, StepPlan, StepReport, VerificationResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +68,7 @@ class VerifierEngine:
             raise ValueError("features are projected for a drafter only: give its link too")
         self.target = target
         self.config = config
-        self._times: RoundTimes | None = None
-        self._gate: DraftGate | None = None
-        self._judges: tuple[tuple[RoundTimes, DraftGate], ...] | None = None  # see _turn_to
         self.eos_token_ids = eos_token_ids
-        self._lookup = lookup
-        self._looks_up = False  # the latest blocks come from there
-        self._exchange: DraftExchange | None = None
-        if link is not None:
-            self._exchange = DraftExchange(link, target.vocab_size, context_window)
-        self.block_size = config.block_size or block_size  # γ, where a plan says nothing else
-        self.calibration = calibration or CalibrationInUse(block_size, "")
-        self._sample = OutcomeSample(block_size)
-        self._plan = StepPlan(policy=VerificationPolicy(config.policy))
-        self._plan_until = float("inf")
         self.roster = Roster(
             config,
             vocab_size=target.vocab_size,
@@ -106,30 +79,50 @@ class VerifierEngine:
         self._features: FeatureStore | None = None
         if projection is not None:
             self._features = FeatureStore(projection, self._kv.num_slots)
+        exchange = None
+        if link is not None:
+            exchange = DraftExchange(link, target.vocab_size, context_window)
+        self._speculation = Speculation(
+            config,
+            exchange=exchange,
+            features=self._features,
+            lookup=lookup,
+            block_size=config.block_size or block_size,
+            calibration=calibration or CalibrationInUse(block_size, ""),
+        )
+        self._sample = OutcomeSample(block_size)
         self._steps = 0
         self._forward_ended: float | None = None
-        self._asked = 0  # length of blocks asked for in the round that ends with the next step
-        self._drafting = 0  # length of blocks that the gate last let through
-        self._promised = 0.0  # draft tokens of this step that should be accepted
-        self._rows = 1.0  # target rows of a request in the last step that decoded
         self.drafting_s = 0.0  # features projected and blocks asked for; drafted, too, if here
         self.last_report: StepReport | None = None
 
     @property
     def table(self) -> StepTimeTable | None:
         """The step-time table; without one, `adaptive` verifies whole blocks."""
-        return None if self._times is None else self._times.table
+        return self._speculation.table
 
     @table.setter
     def table(self, table: StepTimeTable) -> None:
-        by_drafter, looked_up = RoundTimes(table), RoundTimes(table)
-        self._judges = (by_drafter, DraftGate(by_drafter)), (looked_up, DraftGate(looked_up))
-        self._turn_to(looks_up=self._exchange is None)
+        self._speculation.table = table
+
+    @property
+    def calibration(self) -> CalibrationInUse:
+        """What confidences are read by."""
+        return self._speculation.calibration
+
+    @calibration.setter
+    def calibration(self, calibration: CalibrationInUse) -> None:
+        self._speculation.calibration = calibration
+
+    @property
+    def block_size(self) -> int:
+        """γ, where a plan says nothing else."""
+        return self._speculation.block_size
 
     @property
     def drafts(self) -> bool:
         """Whether there is anything to draft with."""
-        return self._exchange is not None or self._lookup is not None
+        return self._speculation.drafts
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -170,8 +163,7 @@ class VerifierEngine:
 
     def set_plan(self, plan: StepPlan) -> None:
         """Follow `plan` until its validity ends, then the configuration again."""
-        self._plan = plan
-        self._plan_until = time.monotonic() + plan.valid_for_s
+        self._speculation.follow(plan)
 
     # -- one step ---------------------------------------------------------------------------
 
@@ -182,9 +174,7 @@ class VerifierEngine:
         if not self.roster.running:
             return []
         operators.spread_threads()
-        waited_ms = 0.0
-        if self._exchange is not None:
-            waited_ms = self._exchange.receive(self.roster.running, self._patience)
+        waited_ms = self._speculation.receive(self.roster.running)
         self.roster.make_room()
         turns = self._plan_turns()
         if not turns:
@@ -203,7 +193,7 @@ class VerifierEngine:
         self._record(turns, results, step_ms, waited_ms, round_ms)
         stepped = [turn.sequence for turn in turns]
         asked_at = time.perf_counter()
-        self._ask_for_blocks(stepped)
+        self._speculation.ask(stepped, len(self.roster.running))
         self.drafting_s += time.perf_counter() - asked_at
         self.roster.settle(stepped)
         if not self.has_work:
@@ -216,103 +206,20 @@ class VerifierEngine:
         decoding = [s for s in ready if s.decoding and s.computed]
         turns: list[_Turn] = []
         prompts = [s for s in ready if not (s.decoding and s.computed)]
-        budget = self._prefill_budget(len(decoding)) if prompts else 0
+        budget = self._speculation.prefill_budget(len(decoding)) if prompts else 0
         for sequence in prompts:
             rows = min(len(sequence.tokens) - sequence.computed, budget)
             if rows:
                 budget -= rows
                 end = sequence.computed + rows
                 turns.append(_Turn(sequence, rows, 0, end == len(sequence.tokens)))
-        prefill = sum(turn.rows for turn in turns)
-        if len(decoding) == len(self.roster.running) and self._halves_pay():
+        prefill, running = sum(turn.rows for turn in turns), len(self.roster.running)
+        if len(decoding) == running and self._speculation.halves_pay(running):
             # The others keep their blocks, and are stepped while these are drafted for.
             decoding = decoding[: (len(decoding) + 1) // 2]
-        lengths = self._plan_verification(decoding, prefill)
+        lengths = self._speculation.verification(decoding, prefill, running)
         turns += [_Turn(s, n + 1, n, True) for s, n in zip(decoding, lengths, strict=True)]
         return turns
-
-    def _patience(self, under_way: list[Sequence]) -> float:
-        """Seconds to wait for blocks before stepping without those who wait for them.
-
-        One step for all takes less time than two. While the wait is shorter than that, it pays;
-        those who are late are waited for as long, and no longer.
-        """
-        others = [s for s in self.roster.running.values() if s.wanted_block is None]
-        times, exchange = self._times, self._exchange
-        if not others or times is None or exchange is None:
-            return math.inf  # until the deadline
-        prefill = sum(len(s.tokens) - s.computed for s in others if not s.decoding)
-        decoding = sum(s.decoding for s in others)
-        tokens = round(decoding * self._rows) + min(prefill, self._prefill_budget(decoding))
-        saving_ms = times.merging_saves_ms(
-            (len(others), max(tokens, len(others))),
-            (len(under_way), round(len(under_way) * self._rows)),
-        )
-        passed_ms = (time.monotonic() - max(s.asked_at for s in under_way)) * 1e3
-        if exchange.latency_ms - passed_ms > saving_ms:
-            return 0.0
-        return (max(exchange.latency_ms, saving_ms) - passed_ms) / 1e3
-
-    def _halves_pay(self) -> bool:
-        """Whether to let drafting and verification overlap."""
-        times, exchange, count = self._times, self._exchange, len(self.roster.running)
-        if times is None or exchange is None or not exchange.latency_ms or not self._drafting:
-            return False
-        tokens, size = round(count * self._rows), self._drafting
-        halved = times.overlapped_ms(count, tokens, size, exchange.latency_ms)
-        whole = times.step_ms(count, tokens) + times.draft_ms(count, size)
-        return halved < _SPLIT_GAIN * whole
-
-    def _prefill_budget(self, decoding: int) -> int:
-        """Prompt tokens that this step may hold: those who decode are not to stall behind them."""
-        most = self.config.prefill_chunk_tokens
-        times = self._times
-        if times is None or not decoding:
-            return most
-        limit = self.config.prefill_stretch * times.step_ms(decoding, decoding)
-        while most > PAGE_SIZE and times.step_ms(decoding, decoding + most) > limit:
-            most //= 2
-        return most
-
-    def _plan_verification(self, decoding: list[Sequence], prefill: int) -> list[int]:
-        plan = self._current_plan()
-        blocks = [s.proposal for s in decoding]
-        sizes = [0 if block is None else len(block.token_ids) for block in blocks]
-        if plan.policy is VerificationPolicy.OFF or not any(sizes):
-            return [0] * len(decoding)
-        times, gate = self._times, self._gate
-        if plan.policy is VerificationPolicy.FIXED or times is None or gate is None:
-            return sizes
-        # Looked up blocks come with measured chances, and the gate has seen them already.
-        temperatures = () if self._looks_up else self.calibration.temperatures
-        survivals = [
-            np.zeros(0, dtype=np.float32)
-            if block is None
-            else survival(block.confidences, temperatures)
-            for block in blocks
-        ]
-        if not self._looks_up:
-            gate.record([block for block in survivals if len(block)])
-        # Waiting is over when a step is planned; but a round that waited is worth more tokens.
-        alone = len(decoding) == len(self.roster.running)
-        size = self._asked or self.block_size
-        lengths = plan_lengths(
-            survivals,
-            lambda tokens: times.round_ms(len(decoding), tokens, size, waits=alone),
-            extra_tokens=prefill,
-            max_draft_tokens=plan.max_draft_tokens,
-            search=_search(decoding),
-        )
-        self._promised = sum(
-            float(block[:n].sum()) for block, n in zip(survivals, lengths, strict=True)
-        )
-        return lengths
-
-    def _current_plan(self) -> StepPlan:
-        if time.monotonic() > self._plan_until:
-            self._plan = StepPlan(policy=VerificationPolicy(self.config.policy))
-            self._plan_until = float("inf")
-        return self._plan
 
     def _forward(self, turns: list[_Turn]) -> dict[int, Verdict]:
         """One flattened forward; the verdict of each turn that emits, by its index."""
@@ -369,62 +276,7 @@ class VerifierEngine:
         )
 
     def _free_session(self, session: str) -> None:
-        if self._exchange is not None:
-            self._exchange.free(session)
-
-    # -- drafting -----------------------------------------------------------------------------
-
-    def _ask_for_blocks(self, sequences: list[Sequence]) -> None:
-        """Ask the drafter, or look up while there is none, where a block can still be of use.
-
-        What the drafter is not sent now is sent when it is there again.
-        """
-        plan, lookup = self._current_plan(), self._lookup
-        self._drafting = 0
-        sequences = [s for s in sequences if s.request.sampling.speculate]
-        if plan.policy is VerificationPolicy.OFF or not sequences:
-            return
-        exchange = self._exchange
-        if exchange is not None and not exchange.available:
-            exchange = None
-        if exchange is None and lookup is None:
-            return
-        self._turn_to(looks_up=exchange is None)
-        size, rest = plan.block_size or self.block_size, 0
-        if plan.policy is VerificationPolicy.ADAPTIVE and self._gate is not None:
-            latency_ms = 0.0 if exchange is None else exchange.latency_ms
-            size = self._gate.block_size(
-                len(self.roster.running), size, latency_ms, _search(sequences)
-            )
-            rest = self._gate.rest
-            self._drafting = 0 if exchange is None else size
-        if exchange is not None:
-            if exchange.ask(sequences, self._features, size, rest=rest):
-                self._asked = size
-        elif lookup is not None and size:
-            self._look_up(lookup, sequences, size)
-
-    def _turn_to(self, *, looks_up: bool) -> None:
-        """Go by the times and the gate of where blocks come from: they cost and bring unlike."""
-        self._looks_up = looks_up
-        if self._judges is not None:
-            self._times, self._gate = self._judges[looks_up]
-
-    def _look_up(self, lookup: PromptLookup, sequences: list[Sequence], size: int) -> None:
-        survivals = []
-        for sequence in sequences:
-            useful = min(size, sequence.remaining - 1)
-            if sequence.finish_reason or not sequence.decoding or useful <= 0:
-                continue
-            block = sequence.proposal = lookup.propose(sequence, useful)
-            # Nothing found counts: what a round brings hangs on how many find something.
-            survivals.append(
-                np.zeros(size, dtype=np.float32) if block is None else survival(block.confidences)
-            )
-        if survivals:
-            self._asked = size
-            if self._gate is not None:
-                self._gate.record(survivals)
+        self._speculation.free(session)
 
     # -- accounts -----------------------------------------------------------------------------
 
@@ -437,27 +289,14 @@ class VerifierEngine:
         round_ms: float | None,
     ) -> None:
         self._steps += 1
-        asked, self._asked = self._asked, 0
         under_way = any(s.wanted_block is not None for s in self.roster.running.values())
-        decode = [turn for turn in turns if turn.emits]
+        emitting = sum(turn.emits for turn in turns)
         drafted = sum(result.drafted for result in results)
-        prefill = sum(turn.rows for turn in turns) - sum(turn.logit_rows for turn in turns)
-        learns = self._current_plan().policy is VerificationPolicy.ADAPTIVE
-        if learns and self._times is not None and decode and not prefill and round_ms is not None:
-            self._times.record(
-                requests=len(decode),
-                tokens=sum(turn.rows for turn in turns),
-                drafted=asked,
-                step_ms=step_ms,
-                round_ms=round_ms,
-                waited_ms=waited_ms,
-                overlapped=under_way,
-            )
-            self._rows = sum(turn.rows for turn in turns) / len(decode)
-        if self._gate is not None and self._promised:
-            self._gate.settle(self._promised, sum(result.accepted for result in results))
-            self._promised = 0.0
-        if not self._looks_up:
+        tokens = sum(turn.rows for turn in turns)
+        prefill = tokens - sum(turn.logit_rows for turn in turns)
+        this = Round(emitting, tokens, prefill, step_ms, round_ms, waited_ms)
+        self._speculation.learn(this, results, under_way=under_way)
+        if not self._speculation.looks_up:
             self._sample.add(results)
         width = self.block_size
         _, waiting, free, total = self.load
@@ -465,9 +304,9 @@ class VerifierEngine:
             step=self._steps,
             step_ms=step_ms,
             draft_wait_ms=waited_ms,
-            decode_requests=len(decode),
+            decode_requests=emitting,
             waiting_requests=waiting,
-            tokens=sum(turn.rows for turn in turns),
+            tokens=tokens,
             prefill_tokens=prefill,
             drafted=drafted,
             verified_by_position=_by_position([r.verified for r in results], width),
@@ -479,13 +318,6 @@ class VerifierEngine:
             calibrations_refused=self.calibration.refused,
             outcomes=self._sample.take(self.calibration.temperatures),
         )
-
-
-def _search(sequences: list[Sequence]) -> Search:
-    """The freest that biases nothing: a sampled token may depend on what is verified, or not."""
-    samplings = (s.request.sampling for s in sequences)
-    unbiased = all(s.greedy or s.mode is VerifyMode.COUPLED for s in samplings)
-    return "global" if unbiased else "causal"
 
 
 def _by_position(lengths: list[int], width: int) -> tuple[int, ...]:

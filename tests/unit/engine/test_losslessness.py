@@ -213,7 +213,7 @@ def test_a_biased_engine_is_found_out(
     """The comparison above has the power to fail: a few thousand samples tell."""
     bias(monkeypatch)
     sampling = SamplingParams(max_tokens=6)
-    assert goodness_of_fit(sampling_engine(monkeypatch), sampling, samples=4000) < FALSE_ALARM
+    assert goodness_of_fit(sampling_engine(monkeypatch), sampling, samples=6000) < FALSE_ALARM
 
 
 class Unsure(PromptLookup):

@@ -284,6 +284,28 @@ def test_an_adaptive_engine_verifies_nothing_that_does_not_pay() -> None:
         assert (tally.verified > 0) is pays
 
 
+def test_drafting_that_loses_ends_although_prompts_keep_coming() -> None:
+    """Steps with prompts do not compare; under steady traffic there are hardly any others."""
+    short, long = request(), Request("b", tuple(range(1, 31)) * 13, request().sampling)
+    engine = tiny_engine(
+        TARGET,
+        tiny_drafter(TARGET),
+        link=scripted(short, 0.99),
+        policy="adaptive",
+        prefill_chunk_tokens=16,
+    )
+    engine.table = StepTimeTable((1, 8), (1, 5), ((10.0, 50.0), (10.0, 50.0)))
+    tally = Tally()
+    engine.add(short)
+    engine.add(long)
+    for _ in range(20):
+        tally.add(engine.step())
+        assert engine.last_report is not None
+        assert engine.last_report.prefill_tokens > 0
+    assert 1 <= sum(result.drafted > 0 for result in tally.results) <= 6
+    assert len(tally.results) >= 18
+
+
 @pytest.mark.parametrize(
     ("bad", "error", "match"),
     [

@@ -1,0 +1,288 @@
+"""What is drafted and how much of it is verified: by whom, for whom, how long (design §4).
+
+Nothing here sees logits or commits tokens: whatever it decides, the target's law comes out. Blocks
+come from the drafter at the end of the link. While there is none, or it does not answer, they are
+looked up in the requests' own text, or every request decodes one token a step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark.config import EngineConfig
+from dspark.engine.exchange import DraftExchange
+from dspark.engine.features import FeatureStore
+from dspark.engine.lookup import PromptLookup
+from dspark.engine.sequence import Sequence
+from dspark.kernels.attention_plan import PAGE_SIZE
+from dspark.scheduling.calibration import CalibrationInUse
+from dspark.scheduling.draft_gate import DraftGate
+from dspark.scheduling.planner import Search, plan_lengths
+from dspark.scheduling.round_times import RoundTimes
+from dspark.scheduling.step_table import StepTimeTable
+from dspark.scheduling.survival import survival
+from dspark.types import StepPlan, VerificationPolicy, VerificationResult, VerifyMode
+
+_SPLIT_GAIN = 0.95  # a round is halved for no less than this
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A step, and all since the one before."""
+
+    requests: int  # for which a token was decided
+    tokens: int  # that went through the target
+    prefill: int  # of prompts, among them
+    step_ms: float
+    round_ms: float | None  # None: the engine rested in between
+    waited_ms: float  # of it, for blocks
+
+
+class Speculation:
+    """One verifier's; it owns what the verifier knows of drafting and of the time that things take.
+
+    `running` is all requests that are admitted, here and below.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        exchange: DraftExchange | None,
+        features: FeatureStore | None,  # None: the drafter reads token ids
+        lookup: PromptLookup | None,
+        block_size: int,
+        calibration: CalibrationInUse,
+    ) -> None:
+        self.block_size = block_size  # γ, where a plan says nothing else
+        self.calibration = calibration
+        self._config = config
+        self._exchange, self._features, self._lookup = exchange, features, lookup
+        self._looks_up = False  # the latest blocks come from there
+        self._times: RoundTimes | None = None
+        self._gate: DraftGate | None = None
+        self._judges: tuple[tuple[RoundTimes, DraftGate], ...] | None = None  # see _turn_to
+        self._plan = StepPlan(policy=VerificationPolicy(config.policy))
+        self._plan_until = math.inf
+        self._asked = 0  # length of blocks asked for in the round that ends with the next step
+        self._narrow = False  # and that they are for a few of the requests
+        self._drafting = 0  # length of blocks that the gate last let through
+        self._promised = 0.0  # draft tokens of this step that should be accepted
+        self._rows = 1.0  # target rows of a request in the last step that decoded
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there is anything to draft with."""
+        return self._exchange is not None or self._lookup is not None
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the latest blocks were looked up, not drafted."""
+        return self._looks_up
+
+    @property
+    def table(self) -> StepTimeTable | None:
+        """The step-time table; without one, `adaptive` verifies whole blocks."""
+        return None if self._times is None else self._times.table
+
+    @table.setter
+    def table(self, table: StepTimeTable) -> None:
+        by_drafter, looked_up = RoundTimes(table), RoundTimes(table)
+        self._judges = (by_drafter, DraftGate(by_drafter)), (looked_up, DraftGate(looked_up))
+        self._turn_to(looks_up=self._exchange is None)
+
+    def follow(self, plan: StepPlan) -> None:
+        """Follow `plan` until its validity ends, then the configuration again."""
+        self._plan = plan
+        self._plan_until = time.monotonic() + plan.valid_for_s
+
+    @property
+    def _current_plan(self) -> StepPlan:
+        if time.monotonic() > self._plan_until:
+            self._plan = StepPlan(policy=VerificationPolicy(self._config.policy))
+            self._plan_until = math.inf
+        return self._plan
+
+    # -- before a step ------------------------------------------------------------------------
+
+    def receive(self, running: dict[str, Sequence]) -> float:
+        """Give blocks that came to their requests; waits while that pays. Milliseconds waited."""
+        if self._exchange is None:
+            return 0.0
+        return self._exchange.receive(running, lambda under_way: self._patience(running, under_way))
+
+    def prefill_budget(self, decoding: int) -> int:
+        """Prompt tokens that a step may hold: those who decode are not to stall behind them."""
+        most = self._config.prefill_chunk_tokens
+        times = self._times
+        if times is None or not decoding:
+            return most
+        limit = self._config.prefill_stretch * times.step_ms(decoding, decoding)
+        while most > PAGE_SIZE and times.step_ms(decoding, decoding + most) > limit:
+            most //= 2
+        return most
+
+    def halves_pay(self, running: int) -> bool:
+        """Whether to let drafting and verification overlap."""
+        times, exchange = self._times, self._exchange
+        if times is None or exchange is None or not exchange.latency_ms or not self._drafting:
+            return False
+        tokens, size = round(running * self._rows), self._drafting
+        halved = times.overlapped_ms(running, tokens, size, exchange.latency_ms)
+        whole = times.step_ms(running, tokens) + times.draft_ms(running, size)
+        return halved < _SPLIT_GAIN * whole
+
+    def verification(self, decoding: Seq[Sequence], prefill: int, running: int) -> list[int]:
+        """How many draft tokens of each to verify beside `prefill` prompt tokens (Algorithm 1)."""
+        plan = self._current_plan
+        blocks = [s.proposal for s in decoding]
+        sizes = [0 if block is None else len(block.token_ids) for block in blocks]
+        if plan.policy is VerificationPolicy.OFF or not any(sizes):
+            return [0] * len(decoding)
+        times, gate = self._times, self._gate
+        if plan.policy is VerificationPolicy.FIXED or times is None or gate is None:
+            return sizes
+        # Looked up blocks come with measured chances, and the gate has seen them already.
+        temperatures = () if self._looks_up else self.calibration.temperatures
+        survivals = [
+            np.zeros(0, dtype=np.float32)
+            if block is None
+            else survival(block.confidences, temperatures)
+            for block in blocks
+        ]
+        if not self._looks_up:
+            gate.record([block for block in survivals if len(block)])
+        # Waiting is over when a step is planned; but a round that waited is worth more tokens.
+        alone = len(decoding) == running
+        size = self._asked or self.block_size
+        lengths = plan_lengths(
+            survivals,
+            lambda tokens: times.round_ms(len(decoding), tokens, size, waits=alone),
+            extra_tokens=prefill,
+            max_draft_tokens=plan.max_draft_tokens,
+            search=_search(decoding),
+        )
+        self._promised = sum(
+            float(block[:n].sum()) for block, n in zip(survivals, lengths, strict=True)
+        )
+        return lengths
+
+    def _patience(self, running: dict[str, Sequence], under_way: list[Sequence]) -> float:
+        """Seconds to wait for blocks before stepping without those who wait for them.
+
+        One step for all takes less time than two. While the wait is shorter than that, it pays;
+        those who are late are waited for as long, and no longer.
+        """
+        others = [s for s in running.values() if s.wanted_block is None]
+        times, exchange = self._times, self._exchange
+        if not others or times is None or exchange is None:
+            return math.inf  # until the deadline
+        prefill = sum(len(s.tokens) - s.computed for s in others if not s.decoding)
+        decoding = sum(s.decoding for s in others)
+        tokens = round(decoding * self._rows) + min(prefill, self.prefill_budget(decoding))
+        saving_ms = times.merging_saves_ms(
+            (len(others), max(tokens, len(others))),
+            (len(under_way), round(len(under_way) * self._rows)),
+        )
+        passed_ms = (time.monotonic() - max(s.asked_at for s in under_way)) * 1e3
+        if exchange.latency_ms - passed_ms > saving_ms:
+            return 0.0
+        return (max(exchange.latency_ms, saving_ms) - passed_ms) / 1e3
+
+    # -- after it -----------------------------------------------------------------------------
+
+    def learn(self, of: Round, results: Seq[VerificationResult], *, under_way: bool) -> None:
+        """Take in what a step took and what came of its drafts.
+
+        `under_way`: others were drafted for meanwhile.
+        """
+        asked, self._asked = self._asked, 0
+        narrow, self._narrow = self._narrow, False
+        learns = self._current_plan.policy is VerificationPolicy.ADAPTIVE and not narrow
+        if learns and self._times is not None and of.requests and of.round_ms is not None:
+            self._times.record(
+                requests=of.requests,
+                tokens=of.tokens,
+                drafted=asked,
+                step_ms=of.step_ms,
+                round_ms=of.round_ms,
+                waited_ms=of.waited_ms,
+                overlapped=under_way,
+                prefill=of.prefill > 0,
+            )
+        if of.requests and not of.prefill:
+            self._rows = of.tokens / of.requests
+        if self._gate is not None and self._promised:
+            self._gate.settle(self._promised, sum(result.accepted for result in results))
+            self._promised = 0.0
+
+    def ask(self, stepped: Seq[Sequence], running: int) -> None:
+        """Ask the drafter, or look up while there is none, where a block can still be of use.
+
+        What the drafter is not sent now is sent when it is there again.
+        """
+        plan, lookup = self._current_plan, self._lookup
+        self._drafting = 0
+        sequences = [s for s in stepped if s.request.sampling.speculate]
+        if plan.policy is VerificationPolicy.OFF or not sequences:
+            return
+        exchange = self._exchange
+        if exchange is not None and not exchange.available:
+            exchange = None
+        if exchange is None and lookup is None:
+            return
+        self._turn_to(looks_up=exchange is None)
+        size, rest = plan.block_size or self.block_size, 0
+        gate = self._gate
+        if plan.policy is VerificationPolicy.ADAPTIVE and gate is not None:
+            latency_ms = 0.0 if exchange is None else exchange.latency_ms
+            size = gate.block_size(running, size, latency_ms, _search(sequences))
+            rest = gate.rest
+            if gate.width is None:
+                self._drafting = 0 if exchange is None else size
+            else:
+                sequences = [s for s in sequences if s.useful][: gate.width]
+                self._narrow = size > 0
+        if exchange is not None:
+            if exchange.ask(sequences, self._features, size, rest=rest):
+                self._asked = size
+        elif lookup is not None and size:
+            self._look_up(lookup, sequences, size)
+
+    def free(self, session: str) -> None:
+        """Tell the drafter that a request is over, or must be drafted for anew."""
+        if self._exchange is not None:
+            self._exchange.free(session)
+
+    def _turn_to(self, *, looks_up: bool) -> None:
+        """Go by the times and the gate of where blocks come from: they cost and bring unlike."""
+        self._looks_up = looks_up
+        if self._judges is not None:
+            self._times, self._gate = self._judges[looks_up]
+
+    def _look_up(self, lookup: PromptLookup, sequences: Seq[Sequence], size: int) -> None:
+        survivals = []
+        for sequence in sequences:
+            if not sequence.useful:
+                continue
+            block = sequence.proposal = lookup.propose(sequence, min(size, sequence.useful))
+            # Nothing found counts: what a round brings hangs on how many find something.
+            survivals.append(
+                np.zeros(size, dtype=np.float32) if block is None else survival(block.confidences)
+            )
+        if survivals:
+            self._asked = size
+            if self._gate is not None:
+                self._gate.record(survivals)
+
+
+def _search(sequences: Seq[Sequence]) -> Search:
+    """The freest that biases nothing: a sampled token may depend on what is verified, or not."""
+    samplings = (s.request.sampling for s in sequences)
+    unbiased = all(s.greedy or s.mode is VerifyMode.COUPLED for s in samplings)
+    return "global" if unbiased else "causal"
