@@ -91,7 +91,7 @@ def _through_service(
 ) -> Iterable[dict[str, Any]]:
     from dspark.pb import common_pb2
     from dspark.rpc.client import InferenceClient, chat_request
-    from dspark.wire import sampling_to_pb
+    from dspark.wire.requests import sampling_to_pb
 
     with InferenceClient(address) as client:
 

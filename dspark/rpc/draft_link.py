@@ -24,7 +24,7 @@ from dspark.pb import draft_pb2 as pb
 from dspark.pb import draft_pb2_grpc
 from dspark.rpc.options import channel_options
 from dspark.types import DraftWork, Fence
-from dspark.wire import proposal_from_pb, resync_from_pb, work_to_pb
+from dspark.wire.drafts import proposal_from_pb, resync_from_pb, work_to_pb
 
 log = logging.getLogger(__name__)
 

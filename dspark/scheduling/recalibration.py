@@ -167,7 +167,7 @@ class Recalibration:
         account.window.take(outcomes, epoch)
 
     def due(self, drafter: Drafter) -> Sample | None:
-        """What to fit to, if it is time; the next is due after it was settled."""
+        """What to fit to, if it is time; the next is due after it was settled or given up."""
         account = self._accounts.get(drafter)
         window = None if account is None else account.window
         if account is None or window is None or window.fitting or window.taken < FIRST_BLOCKS:
@@ -210,6 +210,12 @@ class Recalibration:
                 account.epoch,
             )
         return account.table
+
+    def give_up(self, drafter: Drafter) -> None:
+        """The fit that was due came to nothing; the next is due when it would be after any."""
+        account = self._accounts.get(drafter)
+        if account is not None and account.window is not None:
+            account.window.fitting = False
 
     def table(self, drafter: Drafter) -> CalibrationTable | None:
         """The latest published."""

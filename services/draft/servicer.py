@@ -17,7 +17,8 @@ from dspark.rpc.draft_link import PROTOCOL_VERSION
 from dspark.rpc.status import abort
 from dspark.services.draft.worker import DraftWorker
 from dspark.types import BlockProposal, DraftWork, ResyncRequest
-from dspark.wire import MAX_WORKS, proposal_to_pb, resync_to_pb, work_from_pb
+from dspark.wire.bounds import MAX_WORKS
+from dspark.wire.drafts import proposal_to_pb, resync_to_pb, work_from_pb
 
 log = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from dspark import wire
 from dspark.errors import DSparkError, InvalidRequestError
 from dspark.pb import common_pb2
 from dspark.pb import inference_pb2 as pb
 from dspark.rpc.status import abort
 from dspark.services.gateway.generation import Generator, Part
 from dspark.services.gateway.request import GenerationRequest, SamplingWish, Turn
+from dspark.wire.requests import finish_to_pb, verify_mode
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _request(message: pb.GenerateRequest | None) -> GenerationRequest:
         top_p=said("top_p"),
         top_k=said("top_k"),
         seed=said("seed"),
-        mode=wire.verify_mode(message.mode),
+        mode=verify_mode(message.mode),
         speculate=said("speculate"),
     )
     return GenerationRequest(message.model, prompt, field, wish, tuple(message.stop))
@@ -123,7 +123,7 @@ def _response(part: Part) -> pb.GenerateResponse:
     )
     if part.finish is not None:
         stats = part.finish.speculation
-        message.finish_reason = wire.finish_to_pb(part.finish.reason)
+        message.finish_reason = finish_to_pb(part.finish.reason)
         message.usage.prompt_tokens = part.finish.prompt_tokens
         message.usage.completion_tokens = part.finish.completion_tokens
         message.speculation.CopyFrom(

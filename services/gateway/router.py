@@ -16,7 +16,6 @@ from dataclasses import replace
 
 import grpc
 
-from dspark import wire
 from dspark.errors import DSparkError, OverloadedError, ProtocolError, UnavailableError
 from dspark.pb import scheduler_pb2, verifier_pb2, verifier_pb2_grpc
 from dspark.rpc.status import from_rpc_error
@@ -24,6 +23,7 @@ from dspark.services.gateway.channels import ChannelCache
 from dspark.services.gateway.cluster import ClusterView
 from dspark.services.gateway.placement import Placement
 from dspark.types import FinishReason, Request, VerificationResult
+from dspark.wire.requests import request_to_pb, result_from_pb
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Router:
     ) -> AsyncGenerator[verifier_pb2.GenerateTokensResponse, None]:
         async with self._channels.use(verifier.address) as channel:
             stub = verifier_pb2_grpc.VerifierStub(channel)
-            call = stub.GenerateTokens(wire.request_to_pb(request, model))
+            call = stub.GenerateTokens(request_to_pb(request, model))
             try:
                 async for message in call:
                     yield message
@@ -140,7 +140,7 @@ class _Journey:
 
     def advance(self, message: verifier_pb2.GenerateTokensResponse) -> VerificationResult:
         """Take in committed tokens; BrokenStreamError if the message breaks the contract."""
-        result = wire.result_from_pb(self._original.id, message)
+        result = result_from_pb(self._original.id, message)
         left = self._original.sampling.max_tokens - len(self._committed)
         if not 0 < len(result.token_ids) <= left or result.accepted > len(result.token_ids):
             raise BrokenStreamError(

@@ -15,7 +15,7 @@ from dspark.scheduling.calibration import CalibrationTable
 from dspark.scheduling.cluster import Cluster
 from dspark.scheduling.recalibration import CalibrationStatus, Drafter, Recalibration, Sample
 from dspark.store import Store
-from dspark.wire import outcomes_from_pb, table_to_pb
+from dspark.wire.plans import outcomes_from_pb, table_to_pb
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,12 @@ class Calibrations:
         return [_status_to_pb(status) for status in self._recalibration.statuses()]
 
     async def _fit(self, sample: Sample) -> None:
-        refit = await asyncio.to_thread(sample.refit)
+        try:
+            refit = await asyncio.to_thread(sample.refit)
+        except Exception:  # no task awaits this one, and a drafter must not stay unfitted for good
+            log.exception("the calibration of drafter %s failed", sample.drafter.fingerprint)
+            self._recalibration.give_up(sample.drafter)
+            return
         before = self._recalibration.table(refit.drafter)
         table = self._recalibration.settle(refit)
         if table is None:

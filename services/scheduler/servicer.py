@@ -19,7 +19,8 @@ from dspark.scheduling.cluster import Cluster, Load, Member, Replica, Role
 from dspark.services.scheduler.calibrations import Calibrations, Follower
 from dspark.services.scheduler.plans import RENEW_AFTER_S, plan_for
 from dspark.store import Store
-from dspark.wire import MAX_ID_CHARS, plan_to_pb
+from dspark.wire.bounds import MAX_ID_CHARS
+from dspark.wire.plans import plan_to_pb
 
 log = logging.getLogger(__name__)
 

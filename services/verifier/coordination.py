@@ -12,7 +12,7 @@ from dspark.errors import ProtocolError
 from dspark.pb import scheduler_pb2, scheduler_pb2_grpc
 from dspark.scheduling.calibration import CalibrationTable
 from dspark.types import StepPlan, StepReport
-from dspark.wire import plan_from_pb, report_to_pb, table_from_pb
+from dspark.wire.plans import plan_from_pb, report_to_pb, table_from_pb
 
 log = logging.getLogger(__name__)
 

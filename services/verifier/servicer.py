@@ -13,7 +13,7 @@ from dspark.pb import verifier_pb2 as pb
 from dspark.pb import verifier_pb2_grpc
 from dspark.rpc.status import abort
 from dspark.types import VerificationResult
-from dspark.wire import request_from_pb, result_to_pb
+from dspark.wire.requests import request_from_pb, result_to_pb
 
 
 class VerifierServicer(verifier_pb2_grpc.VerifierServicer):

@@ -25,7 +25,8 @@ from dspark.services.scheduler.servicer import SchedulerServicer
 from dspark.services.verifier.coordination import Coordinator
 from dspark.store import MemoryStore
 from dspark.types import BlockOutcomes, DraftWork, Request, SamplingParams, StepReport
-from dspark.wire import MAX_OUTCOMES, table_to_pb
+from dspark.wire.bounds import MAX_OUTCOMES
+from dspark.wire.plans import table_to_pb
 
 BOUND_S = 30.0
 SIZE = 3

@@ -31,7 +31,7 @@ from dspark.rpc.server import ReplicaServer
 from dspark.services.draft.servicer import CREDITS, DraftServicer
 from dspark.services.draft.worker import DraftWorker
 from dspark.types import DraftWork, Fence, Request, SamplingParams
-from dspark.wire import work_to_pb
+from dspark.wire.drafts import work_to_pb
 
 WEIGHTS = "w"
 TARGET = tiny_target()

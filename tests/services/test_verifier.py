@@ -19,7 +19,7 @@ from dspark.pb import verifier_pb2_grpc
 from dspark.rpc.server import ReplicaServer
 from dspark.services.verifier.servicer import VerifierServicer
 from dspark.types import Request, SamplingParams
-from dspark.wire import request_to_pb
+from dspark.wire.requests import request_to_pb
 
 TARGET = tiny_target()
 

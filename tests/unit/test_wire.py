@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark import wire
 from dspark.errors import InvalidRequestError, ProtocolError
 from dspark.pb import draft_pb2, scheduler_pb2
 from dspark.scheduling.calibration import CalibrationTable
@@ -30,6 +29,7 @@ from dspark.types import (
     VerificationPolicy,
     VerifyMode,
 )
+from dspark.wire import bounds, drafts, plans, requests
 
 WIDTH, VOCAB = 6, 100
 float32 = st.floats(0.0, 100.0, width=32)
@@ -49,21 +49,21 @@ fences = st.builds(
     session=st.text(min_size=1, max_size=20),
     epoch=st.integers(0, 2**32 - 1),
     round=st.integers(0, 2**32 - 1),
-    committed_len=st.integers(1, wire.MAX_POSITION),
+    committed_len=st.integers(1, bounds.MAX_POSITION),
 )
 
 
 @given(st.text(min_size=1, max_size=20), st.lists(st.integers(0, 2**32 - 1)), samplings)
 def test_requests_round_trip(name: str, prompt: list[int], sampling: SamplingParams) -> None:
     request = Request(name, tuple(prompt), sampling, epoch=3)
-    assert wire.request_from_pb(wire.request_to_pb(request, "m")) == request
+    assert requests.request_from_pb(requests.request_to_pb(request, "m")) == request
 
 
 @given(fences, st.integers(0, 5), st.integers(0, 64), samplings)
 def test_work_round_trips(fence: Fence, rows: int, block: int, sampling: SamplingParams) -> None:
     features = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(rows))
     work = DraftWork(fence, 7, features.bfloat16(), 5, block, sampling)
-    back = wire.work_from_pb(wire.work_to_pb(work), WIDTH, VOCAB)
+    back = drafts.work_from_pb(drafts.work_to_pb(work), WIDTH, VOCAB)
     assert torch.equal(back.features, work.features)
     assert replace(back, features=work.features) == work
 
@@ -72,7 +72,7 @@ def test_work_round_trips(fence: Fence, rows: int, block: int, sampling: Samplin
 def test_work_of_token_ids_round_trips(fence: Fence, tokens: list[int]) -> None:
     ids = torch.tensor(tokens, dtype=torch.int64)
     work = DraftWork(fence, 7, torch.zeros(0, 0), 5, 4, SamplingParams(), ids)
-    back = wire.work_from_pb(wire.work_to_pb(work), 0, VOCAB)
+    back = drafts.work_from_pb(drafts.work_to_pb(work), 0, VOCAB)
     assert back.token_ids is not None
     assert back.context.tolist() == tokens
     assert replace(back, features=work.features, token_ids=ids) == work
@@ -89,7 +89,7 @@ def test_proposals_round_trip(fence: Fence, size: int, k: int) -> None:
         np.stack([rng.permutation(VOCAB)[:k] for _ in range(size)]) if k else None,
         law / law.sum(1, keepdims=True) if k else None,
     )
-    back = wire.proposal_from_pb(wire.proposal_to_pb(proposal), VOCAB)
+    back = drafts.proposal_from_pb(drafts.proposal_to_pb(proposal), VOCAB)
     assert back.fence == fence
     for name in ("token_ids", "confidences", "candidate_ids", "candidate_probs"):
         np.testing.assert_array_equal(getattr(back, name), getattr(proposal, name))
@@ -97,14 +97,14 @@ def test_proposals_round_trip(fence: Fence, size: int, k: int) -> None:
 
 def test_plans_and_resyncs_round_trip() -> None:
     plan = StepPlan(4, VerificationPolicy.FIXED, 5, 6, 2.5)
-    assert wire.plan_from_pb(wire.plan_to_pb(plan)) == plan
+    assert plans.plan_from_pb(plans.plan_to_pb(plan)) == plan
     resync = ResyncRequest("s", 1, 2)
-    assert wire.resync_from_pb(wire.resync_to_pb(resync)) == resync
+    assert drafts.resync_from_pb(drafts.resync_to_pb(resync)) == resync
 
 
 def good_work() -> draft_pb2.DraftWork:
     work = DraftWork(Fence("s", 0, 0, 3), 0, torch.zeros(2, WIDTH), 5, 4, SamplingParams())
-    return wire.work_to_pb(work)
+    return drafts.work_to_pb(work)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_work_outside_the_contract_is_refused(spoil: Callable[[Any], None], matc
     message = good_work()
     spoil(message)
     with pytest.raises(ProtocolError, match=match):
-        wire.work_from_pb(message, WIDTH, VOCAB)
+        drafts.work_from_pb(message, WIDTH, VOCAB)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_work_outside_the_contract_is_refused(spoil: Callable[[Any], None], matc
     [
         (lambda m: m.token_ids.append(VOCAB), f"below {VOCAB}"),
         (lambda m: setattr(m, "features", b"odd"), "no features"),
-        (lambda m: setattr(m, "feature_start", wire.MAX_POSITION - 1), "position"),
+        (lambda m: setattr(m, "feature_start", bounds.MAX_POSITION - 1), "position"),
     ],
 )
 def test_token_ids_outside_the_contract_are_refused(
@@ -143,17 +143,17 @@ def test_token_ids_outside_the_contract_are_refused(
 ) -> None:
     ids = torch.tensor([1, 2])
     work = DraftWork(Fence("s", 0, 0, 3), 0, torch.zeros(0, 0), 5, 4, SamplingParams(), ids)
-    message = wire.work_to_pb(work)
+    message = drafts.work_to_pb(work)
     spoil(message)
     with pytest.raises(ProtocolError, match=match):
-        wire.work_from_pb(message, 0, VOCAB)
+        drafts.work_from_pb(message, 0, VOCAB)
 
 
 def good_proposal() -> draft_pb2.BlockProposal:
     ids = np.array([[1, 2], [3, 4]])
     probs = np.full((2, 2), 0.5, dtype=np.float32)
     confidences = np.array([0.5, 0.5], dtype=np.float32)
-    return wire.proposal_to_pb(
+    return drafts.proposal_to_pb(
         BlockProposal(Fence("s", 0, 0, 3), np.array([1, 3]), confidences, ids, probs)
     )
 
@@ -186,33 +186,33 @@ def test_proposals_outside_the_contract_are_refused(
     message = good_proposal()
     spoil(message)
     with pytest.raises(ProtocolError, match=match):
-        wire.proposal_from_pb(message, VOCAB)
+        drafts.proposal_from_pb(message, VOCAB)
 
 
 def test_a_request_needs_a_name_and_a_known_mode() -> None:
-    message = wire.request_to_pb(Request("r", (1,)), "m")
+    message = requests.request_to_pb(Request("r", (1,)), "m")
     message.request_id = ""
     with pytest.raises(InvalidRequestError, match="request_id"):
-        wire.request_from_pb(message)
+        requests.request_from_pb(message)
     message.request_id = "r"
     message.sampling.mode = 12  # type: ignore[assignment]
     with pytest.raises(InvalidRequestError, match="mode 12"):
-        wire.request_from_pb(message)
+        requests.request_from_pb(message)
 
 
 def test_a_plan_needs_a_policy() -> None:
-    message = wire.plan_to_pb(StepPlan())
+    message = plans.plan_to_pb(StepPlan())
     message.policy = 0  # type: ignore[assignment]
     with pytest.raises(ProtocolError, match="policy"):
-        wire.plan_from_pb(message)
+        plans.plan_from_pb(message)
 
 
 TABLE = CalibrationTable((1.5, 0.7), 2, "w", 1000, epoch=4)
 
 
 def test_a_calibration_table_travels_with_a_plan() -> None:
-    assert wire.table_from_pb(wire.plan_to_pb(StepPlan(), TABLE).calibration) == TABLE
-    assert not wire.plan_to_pb(StepPlan()).HasField("calibration")
+    assert plans.table_from_pb(plans.plan_to_pb(StepPlan(), TABLE).calibration) == TABLE
+    assert not plans.plan_to_pb(StepPlan()).HasField("calibration")
 
 
 @pytest.mark.parametrize(
@@ -229,10 +229,10 @@ def test_a_calibration_table_travels_with_a_plan() -> None:
     ],
 )
 def test_tables_outside_the_contract_are_refused(spoil: Callable[[Any], None], match: str) -> None:
-    message = wire.table_to_pb(TABLE)
+    message = plans.table_to_pb(TABLE)
     spoil(message)
     with pytest.raises(ProtocolError, match=match):
-        wire.table_from_pb(message)
+        plans.table_from_pb(message)
 
 
 def report(outcomes: BlockOutcomes | None) -> scheduler_pb2.StepReport:
@@ -242,7 +242,7 @@ def report(outcomes: BlockOutcomes | None) -> scheduler_pb2.StepReport:
         accepted_by_position=(0,), committed=1, free_pages=1, total_pages=1,
         calibration_epoch=4, calibrations_refused=2, outcomes=outcomes,
     )  # fmt: skip
-    return wire.report_to_pb(made, "v")
+    return plans.report_to_pb(made, "v")
 
 
 @given(st.integers(1, 32), st.integers(1, 8), st.integers(0, 2**32 - 1))
@@ -254,7 +254,7 @@ def test_outcomes_round_trip(count: int, size: int, seed: int) -> None:
     outcomes = BlockOutcomes(confidences, verified, rng.integers(0, verified + 1), (1.5,))
     message = report(outcomes)
     assert (message.calibration_epoch, message.calibrations_refused) == (4, 2)
-    back = wire.outcomes_from_pb(message.outcomes)
+    back = plans.outcomes_from_pb(message.outcomes)
     for name in ("confidences", "verified", "accepted"):
         np.testing.assert_array_equal(getattr(back, name), getattr(outcomes, name))
     assert back.temperatures == (1.5,)
@@ -287,4 +287,4 @@ def test_outcomes_outside_the_contract_are_refused(
     message = report(BlockOutcomes(confidences, np.array([1, 2]), np.array([1, 0]), ())).outcomes
     spoil(message)
     with pytest.raises(ProtocolError, match=match):
-        wire.outcomes_from_pb(message)
+        plans.outcomes_from_pb(message)

@@ -96,6 +96,19 @@ def test_it_waits_for_evidence_then_for_fresh_blocks_and_for_time() -> None:
     assert one.due(Drafter("m", "unknown")) is None
 
 
+def test_a_fit_that_came_to_nothing_does_not_keep_others_away() -> None:
+    clock = Clock()
+    one = Recalibration(clock)
+    one.take(DRAFTER, outcomes(FIRST_BLOCKS, SURE), 0)
+    assert one.due(DRAFTER) is not None
+    one.give_up(DRAFTER)
+    assert one.due(DRAFTER) is None, "nothing has changed"
+    clock.now += 2 * REFIT_AFTER_S
+    one.take(DRAFTER, outcomes(FRESH_BLOCKS, SURE), 0)
+    assert one.due(DRAFTER) is not None
+    one.give_up(Drafter("m", "unknown"))
+
+
 def test_a_table_is_replaced_when_the_traffic_changes_and_not_before() -> None:
     clock = Clock()
     one = Recalibration(clock)

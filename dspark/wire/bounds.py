@@ -1,0 +1,10 @@
+"""How large anything that crosses a process may be."""
+
+from __future__ import annotations
+
+MAX_ID_CHARS = 128
+MAX_BLOCK_SIZE = 64
+MAX_CANDIDATES = 4096
+MAX_POSITION = 1 << 24
+MAX_WORKS = 4096
+MAX_OUTCOMES = 256  # blocks in one report

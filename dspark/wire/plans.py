@@ -1,0 +1,148 @@
+"""Between a verifier and the scheduler: reports of steps, plans, calibrations."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dspark.errors import CalibrationError, ProtocolError
+from dspark.pb import scheduler_pb2
+from dspark.scheduling.calibration import CalibrationTable, temperature_can_be
+from dspark.types import (
+    BlockOutcomes,
+    StepPlan,
+    StepReport,
+    VerificationPolicy,
+)
+from dspark.wire.bounds import MAX_BLOCK_SIZE, MAX_OUTCOMES
+
+_POLICY_NUMBERS = {
+    VerificationPolicy.ADAPTIVE: scheduler_pb2.VERIFICATION_POLICY_ADAPTIVE,
+    VerificationPolicy.FIXED: scheduler_pb2.VERIFICATION_POLICY_FIXED,
+    VerificationPolicy.OFF: scheduler_pb2.VERIFICATION_POLICY_OFF,
+}
+_POLICIES: dict[int, VerificationPolicy] = {
+    number: policy for policy, number in _POLICY_NUMBERS.items()
+}
+
+
+def report_to_pb(report: StepReport, incarnation: str) -> scheduler_pb2.StepReport:
+    """A step report as a message."""
+    return scheduler_pb2.StepReport(
+        incarnation=incarnation,
+        step=report.step,
+        step_ms=report.step_ms,
+        draft_wait_ms=report.draft_wait_ms,
+        decode_requests=report.decode_requests,
+        waiting_requests=report.waiting_requests,
+        tokens=report.tokens,
+        prefill_tokens=report.prefill_tokens,
+        drafted=report.drafted,
+        verified_by_position=report.verified_by_position,
+        accepted_by_position=report.accepted_by_position,
+        committed=report.committed,
+        free_pages=report.free_pages,
+        total_pages=report.total_pages,
+        calibration_epoch=report.calibration_epoch,
+        calibrations_refused=report.calibrations_refused,
+        outcomes=None if report.outcomes is None else _outcomes_to_pb(report.outcomes),
+    )
+
+
+def _outcomes_to_pb(outcomes: BlockOutcomes) -> scheduler_pb2.BlockOutcomes:
+    confidences, verified = outcomes.confidences, outcomes.verified
+    told = confidences[np.arange(confidences.shape[1]) < verified[:, None]]
+    return scheduler_pb2.BlockOutcomes(
+        block_size=confidences.shape[1],
+        verified=verified.astype(np.uint8).tobytes(),
+        accepted=outcomes.accepted.astype(np.uint8).tobytes(),
+        confidences=told.astype("<f4").tobytes(),
+        temperatures=outcomes.temperatures,
+    )
+
+
+def outcomes_from_pb(message: scheduler_pb2.BlockOutcomes) -> BlockOutcomes:
+    """Outcomes as the scheduler takes them; ProtocolError if they break the contract."""
+    size, count = message.block_size, len(message.verified)
+    if not 0 < size <= MAX_BLOCK_SIZE or not 0 < count <= MAX_OUTCOMES:
+        raise ProtocolError(
+            f"outcomes are of 1 to {MAX_OUTCOMES} blocks of 1 to {MAX_BLOCK_SIZE} tokens; got "
+            f"{count} blocks of {size}"
+        )
+    verified = np.frombuffer(message.verified, dtype=np.uint8).astype(np.int64)
+    accepted = np.frombuffer(message.accepted, dtype=np.uint8).astype(np.int64)
+    if len(accepted) != count or (accepted > verified).any() or (verified > size).any():
+        raise ProtocolError(
+            f"each block needs 0 ≤ accepted ≤ verified ≤ {size}; got {accepted.tolist()} of "
+            f"{verified.tolist()}"
+        )
+    if len(message.confidences) != 4 * verified.sum():
+        raise ProtocolError(
+            f"{verified.sum()} verified tokens need 4 bytes of confidence each; got "
+            f"{len(message.confidences)} bytes"
+        )
+    told = np.frombuffer(message.confidences, dtype="<f4")
+    if not ((told >= 0) & (told <= 1)).all():
+        raise ProtocolError("confidences of outcomes must lie in 0..1")
+    temperatures = tuple(message.temperatures)
+    if len(temperatures) > size or not all(map(temperature_can_be, temperatures)):
+        raise ProtocolError(f"temperatures of outcomes cannot be {temperatures}")
+    confidences = np.full((count, size), np.nan, dtype=np.float32)
+    confidences[np.arange(size) < verified[:, None]] = told
+    return BlockOutcomes(confidences, verified, accepted, temperatures)
+
+
+def table_to_pb(table: CalibrationTable) -> scheduler_pb2.CalibrationTable:
+    """A calibration table as a message."""
+    return scheduler_pb2.CalibrationTable(
+        temperatures=table.temperatures,
+        block_size=table.block_size,
+        drafter_fingerprint=table.drafter_fingerprint,
+        blocks=table.blocks,
+        epoch=table.epoch,
+    )
+
+
+def table_from_pb(message: scheduler_pb2.CalibrationTable) -> CalibrationTable:
+    """A calibration table; ProtocolError if it breaks the contract."""
+    try:
+        return CalibrationTable(
+            temperatures=tuple(message.temperatures),
+            block_size=message.block_size,
+            drafter_fingerprint=message.drafter_fingerprint,
+            blocks=message.blocks,
+            epoch=message.epoch,
+        )
+    except CalibrationError as error:
+        raise ProtocolError(str(error)) from error
+
+
+def plan_to_pb(
+    plan: StepPlan, calibration: CalibrationTable | None = None
+) -> scheduler_pb2.StepPlan:
+    """A plan as a message, and the calibration table that goes with it."""
+    return scheduler_pb2.StepPlan(
+        epoch=plan.epoch,
+        policy=_POLICY_NUMBERS[plan.policy],
+        block_size=plan.block_size,
+        max_draft_tokens=plan.max_draft_tokens,
+        valid_for_ms=round(plan.valid_for_s * 1000),
+        calibration=None if calibration is None else table_to_pb(calibration),
+    )
+
+
+def plan_from_pb(message: scheduler_pb2.StepPlan) -> StepPlan:
+    """A plan as the verifier takes it; ProtocolError if it breaks the contract."""
+    policy = _POLICIES.get(message.policy)
+    if policy is None:
+        raise ProtocolError(f"a plan needs a policy; got {message.policy}")
+    if message.block_size > MAX_BLOCK_SIZE:
+        raise ProtocolError(
+            f"block_size must be at most {MAX_BLOCK_SIZE}; got {message.block_size}"
+        )
+    return StepPlan(
+        epoch=message.epoch,
+        policy=policy,
+        block_size=message.block_size,
+        max_draft_tokens=message.max_draft_tokens,
+        valid_for_s=message.valid_for_ms / 1000,
+    )
