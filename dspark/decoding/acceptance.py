@@ -11,7 +11,7 @@ max(p - q, 0), normalised; after the last acceptance draw from p. Each emitted t
 Equality (`coupled` and greedy): the target's own choice y is emitted in any case, and a draft token
 stands exactly when it equals y. The output is the target's whatever was drafted.
 
-The `accept_` functions read no value of a tensor, so nothing waits for a GPU; `verify_` ones do.
+Nothing here reads a value of a tensor, so nothing waits for a GPU.
 """
 
 from __future__ import annotations
@@ -61,10 +61,6 @@ class Drafts:
     candidate_ids: torch.Tensor | None = None  # [D, K] int64
     candidate_probs: torch.Tensor | None = None  # [D, K] float32
 
-    def places(self) -> Places:
-        """Where they lie, on their device."""
-        return Places(*(tensor.to(self.token_ids.device) for tensor in Places.of(self.lengths)))
-
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -72,16 +68,6 @@ class Verdict:
 
     accepted: int
     next_token_id: int
-
-
-def verify_rejection(
-    law: torch.Tensor,  # [R, V] target law p
-    drafts: Drafts,
-    accept_draws: torch.Tensor,  # [D] uniform
-    recover_draws: torch.Tensor,  # [S] uniform
-) -> list[Verdict]:
-    """Speculative sampling against a sparse proposal law; ValueError if the law is missing."""
-    return _verdicts(accept_rejection(law, drafts, drafts.places(), accept_draws, recover_draws))
 
 
 def accept_rejection(
@@ -113,14 +99,6 @@ def accept_rejection(
     return torch.stack([accepted, _invert_cdf(weights, recover_draws)])
 
 
-def verify_equal(
-    choices: torch.Tensor,  # [R] int64, the target's own token for each row
-    drafts: Drafts,
-) -> list[Verdict]:
-    """Accept drafts while they equal the target's own choices."""
-    return _verdicts(accept_equal(choices, drafts, drafts.places()))
-
-
 def accept_equal(
     choices: torch.Tensor,  # [R] int64, the target's own token for each row
     drafts: Drafts,
@@ -150,8 +128,3 @@ def _invert_cdf(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     # right=True skips tokens of zero weight: the first cdf value *above* the draw wins
     index = torch.searchsorted(cdf, (draws.double() * cdf[:, -1])[:, None], right=True)[:, 0]
     return index.clamp_(max=weights.shape[-1] - 1)
-
-
-def _verdicts(outcome: torch.Tensor) -> list[Verdict]:
-    accepted, following = outcome.tolist()
-    return [Verdict(a, t) for a, t in zip(accepted, following, strict=True)]

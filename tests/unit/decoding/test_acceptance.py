@@ -10,15 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dspark.decoding.acceptance import (
-    Drafts,
-    Places,
-    coupled_choices,
-    sample,
-    verify_equal,
-    verify_rejection,
-)
+from dspark.decoding.acceptance import Drafts, Places, coupled_choices, sample
 from dspark.decoding.noise import Stream, draw_key, key_tensor
+from tests.helpers.verdicts import verify_equal, verify_rejection
 
 weights = st.lists(st.integers(0, 8), min_size=5, max_size=5).filter(any)
 GRID = 400

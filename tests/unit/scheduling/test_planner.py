@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark.decoding.acceptance import Drafts, verify_rejection
+from dspark.decoding.acceptance import Drafts
 from dspark.decoding.noise import Stream, draw_key, key_tensor, uniform
 from dspark.scheduling.planner import Search, plan_lengths
 from dspark.scheduling.survival import survival
+from tests.helpers.verdicts import verify_rejection
 
 confidences = st.lists(st.lists(st.floats(0.0, 1.0, width=32), max_size=6), min_size=1, max_size=6)
 
