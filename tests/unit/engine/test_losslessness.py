@@ -26,7 +26,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from dspark.decoding import drawing
 from dspark.decoding.noise import Stream, draw_key
-from dspark.engine import drafting, judge, verifier
+from dspark.engine import drafting, judge, speculation
 from dspark.engine.lookup import PromptLookup
 from dspark.engine.sequence import Sequence
 from dspark.engine.verifier import VerifierEngine
@@ -304,7 +304,7 @@ def test_confidences_that_tell_of_tokens_do_no_harm(
     search: Search, lossless: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Appendix A through the whole engine."""
-    monkeypatch.setattr(verifier, "_search", lambda _: search)
+    monkeypatch.setattr(speculation, "_search", lambda _: search)
     target = tiny_target(vocab=VOCAB)
     engine = tiny_engine(
         target,
