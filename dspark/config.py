@@ -81,12 +81,29 @@ class DraftConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class KubernetesConfig:
+    """Which nodes and pods the scheduler follows (docs/kubernetes-load.md)."""
+
+    enabled: str | bool = "auto"  # auto: in a pod with a service account | on | off
+    kubeconfig: str = ""  # path; empty: the service account, else as kubectl finds it
+    namespace: str = ""  # of the pods; empty: the scheduler's own; "*": all
+    pod_selector: str = ""  # of labels, as in kubectl's --selector; empty: all pods
+    pool_label: str = "dspark.io/pool"  # names a node's pool; without it, the clouds' own do
+
+    def __post_init__(self) -> None:
+        # YAML reads a bare on or off as a truth value.
+        if self.enabled not in ("auto", "on", "off", True, False):
+            raise ConfigError(f"kubernetes.enabled must be auto, on or off; got {self.enabled!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Leases and the store."""
 
     heartbeat_s: float = 1.0
     lease_s: float = 5.0  # a replica silent for this long is gone
     store_url: str = ""  # redis://… ; empty: in this process
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
 
 
 @dataclass(frozen=True, slots=True)

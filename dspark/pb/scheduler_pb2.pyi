@@ -214,11 +214,79 @@ class CalibrationStatus(_message.Message):
     def __init__(self, model: _Optional[str] = ..., drafter_fingerprint: _Optional[str] = ..., table: _Optional[_Union[CalibrationTable, _Mapping]] = ..., window_blocks: _Optional[int] = ..., raw_error: _Optional[float] = ..., error: _Optional[float] = ..., misfits: _Optional[int] = ...) -> None: ...
 
 class DescribeClusterResponse(_message.Message):
-    __slots__ = ("replicas", "reports", "calibrations")
+    __slots__ = ("replicas", "reports", "calibrations", "kubernetes")
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     REPORTS_FIELD_NUMBER: _ClassVar[int]
     CALIBRATIONS_FIELD_NUMBER: _ClassVar[int]
+    KUBERNETES_FIELD_NUMBER: _ClassVar[int]
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
     reports: _containers.RepeatedCompositeFieldContainer[StepReport]
     calibrations: _containers.RepeatedCompositeFieldContainer[CalibrationStatus]
-    def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., reports: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., calibrations: _Optional[_Iterable[_Union[CalibrationStatus, _Mapping]]] = ...) -> None: ...
+    kubernetes: ClusterLoad
+    def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., reports: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., calibrations: _Optional[_Iterable[_Union[CalibrationStatus, _Mapping]]] = ..., kubernetes: _Optional[_Union[ClusterLoad, _Mapping]] = ...) -> None: ...
+
+class AcceleratorLoad(_message.Message):
+    __slots__ = ("resource", "allocatable", "requested", "free", "waiting")
+    RESOURCE_FIELD_NUMBER: _ClassVar[int]
+    ALLOCATABLE_FIELD_NUMBER: _ClassVar[int]
+    REQUESTED_FIELD_NUMBER: _ClassVar[int]
+    FREE_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    resource: str
+    allocatable: int
+    requested: int
+    free: int
+    waiting: int
+    def __init__(self, resource: _Optional[str] = ..., allocatable: _Optional[int] = ..., requested: _Optional[int] = ..., free: _Optional[int] = ..., waiting: _Optional[int] = ...) -> None: ...
+
+class PoolLoad(_message.Message):
+    __slots__ = ("name", "nodes_ready", "nodes_not_ready", "nodes_cordoned", "products", "accelerators")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NODES_READY_FIELD_NUMBER: _ClassVar[int]
+    NODES_NOT_READY_FIELD_NUMBER: _ClassVar[int]
+    NODES_CORDONED_FIELD_NUMBER: _ClassVar[int]
+    PRODUCTS_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATORS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    nodes_ready: int
+    nodes_not_ready: int
+    nodes_cordoned: int
+    products: _containers.RepeatedScalarFieldContainer[str]
+    accelerators: _containers.RepeatedCompositeFieldContainer[AcceleratorLoad]
+    def __init__(self, name: _Optional[str] = ..., nodes_ready: _Optional[int] = ..., nodes_not_ready: _Optional[int] = ..., nodes_cordoned: _Optional[int] = ..., products: _Optional[_Iterable[str]] = ..., accelerators: _Optional[_Iterable[_Union[AcceleratorLoad, _Mapping]]] = ...) -> None: ...
+
+class PendingPod(_message.Message):
+    __slots__ = ("namespace", "name", "role", "pool", "placed", "reason", "message", "since_unix_ms")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    PLACED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    SINCE_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    name: str
+    role: str
+    pool: str
+    placed: bool
+    reason: str
+    message: str
+    since_unix_ms: int
+    def __init__(self, namespace: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[str] = ..., pool: _Optional[str] = ..., placed: bool = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., since_unix_ms: _Optional[int] = ...) -> None: ...
+
+class ClusterLoad(_message.Message):
+    __slots__ = ("pools", "pending", "pending_pods", "refused_quantities", "nodes_age_ms", "pods_age_ms")
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    PENDING_PODS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_QUANTITIES_FIELD_NUMBER: _ClassVar[int]
+    NODES_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    PODS_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    pools: _containers.RepeatedCompositeFieldContainer[PoolLoad]
+    pending: _containers.RepeatedCompositeFieldContainer[PendingPod]
+    pending_pods: int
+    refused_quantities: int
+    nodes_age_ms: int
+    pods_age_ms: int
+    def __init__(self, pools: _Optional[_Iterable[_Union[PoolLoad, _Mapping]]] = ..., pending: _Optional[_Iterable[_Union[PendingPod, _Mapping]]] = ..., pending_pods: _Optional[int] = ..., refused_quantities: _Optional[int] = ..., nodes_age_ms: _Optional[int] = ..., pods_age_ms: _Optional[int] = ...) -> None: ...

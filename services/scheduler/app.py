@@ -14,6 +14,7 @@ from dspark.config import ServeConfig
 from dspark.pb import scheduler_pb2, scheduler_pb2_grpc
 from dspark.rpc.server import ReplicaServer, check_serving
 from dspark.scheduling.cluster import Cluster
+from dspark.services.scheduler.kubernetes_access import open_watch
 from dspark.services.scheduler.servicer import SchedulerServicer
 from dspark.store import open_store
 
@@ -37,7 +38,9 @@ class Scheduler:
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
         self._store = open_store(config.scheduler.store_url)
         cluster = Cluster(config.scheduler.lease_s, time.monotonic)
-        servicer = SchedulerServicer(config, cluster, self._store)
+        # Off the loop: a kubeconfig may run a program for credentials.
+        self._watch = await asyncio.to_thread(open_watch, config.scheduler.kubernetes)
+        servicer = SchedulerServicer(config, cluster, self._store, self._watch)
         await servicer.restore()
         self._server = ReplicaServer()
         scheduler_pb2_grpc.add_SchedulerServicer_to_server(servicer, self._server.server)
@@ -59,6 +62,8 @@ class Scheduler:
         """Stop the server; everyone goes on with what they last heard."""
         server: ReplicaServer | None = getattr(self, "_server", None)
         if server is not None:  # else the constructor failed
+            if self._watch is not None:
+                self._watch.stop()
             await server.stop(_DRAIN_S)
             await asyncio.wait_for(self._store.close(), _DRAIN_S)
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -17,10 +17,14 @@ from dspark.pb import scheduler_pb2_grpc
 from dspark.rpc.status import abort
 from dspark.scheduling.cluster import Cluster, Load, Member, Replica, Role
 from dspark.services.scheduler.calibrations import Calibrations, Follower
+from dspark.services.scheduler.load_report import load_to_pb
 from dspark.services.scheduler.plans import RENEW_AFTER_S, plan_for
 from dspark.store import Store
 from dspark.wire.bounds import MAX_ID_CHARS
 from dspark.wire.plans import plan_to_pb
+
+if TYPE_CHECKING:  # it needs an extra
+    from dspark.services.scheduler.kubernetes_watch import KubernetesWatch
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +41,15 @@ _MAX_TEXT = 1024
 class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
     """The cluster's view, kept in memory and copied to the store."""
 
-    def __init__(self, config: ServeConfig, cluster: Cluster, store: Store) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        cluster: Cluster,
+        store: Store,
+        kubernetes: KubernetesWatch | None = None,
+    ) -> None:
         self._config, self._cluster, self._store = config, cluster, store
+        self._kubernetes = kubernetes
         self._reports: dict[str, pb.StepReport] = {}
         self._calibrations = Calibrations(cluster, store)
         self._epoch = 0
@@ -119,6 +130,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             replicas=[self._status(m) for m in members],
             reports=self._reports.values(),
             calibrations=self._calibrations.statuses(),
+            kubernetes=None if self._kubernetes is None else load_to_pb(self._kubernetes),
         )
 
     def _take(self, report: pb.StepReport) -> None:

@@ -25,6 +25,7 @@ def test_settings_nest(tmp_path: Path) -> None:
         ({"model": {"dtype": "int8"}}, "int8"),
         ({"engine": {"policy": "clever"}}, "clever"),
         ({"engine": {"max_requests": 0}}, "max_requests"),
+        ({"scheduler": {"kubernetes": {"enabled": "maybe"}}}, "auto, on or off; got 'maybe'"),
         ({"verifier_replicas": 0}, "verifier_replicas"),
         ({"draft_replicas": -1}, "draft_replicas"),
     ],
@@ -32,6 +33,13 @@ def test_settings_nest(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_by_name(values: dict[str, object], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         build(ServeConfig, values)
+
+
+@pytest.mark.parametrize("word", ["auto", "on", "off", "true", "'on'"])
+def test_kubernetes_is_switched_as_yaml_reads_it(tmp_path: Path, word: str) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"scheduler: {{kubernetes: {{enabled: {word}}}}}\n")
+    build(ServeConfig, read_settings(path))
 
 
 @pytest.mark.parametrize("text", ["- a\n- list\n", "a: [unclosed", "\x00"])
