@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -119,6 +120,72 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class VerifierScaling:
+    """When verifiers come and go (docs/autoscaling.md)."""
+
+    policy: str = "pressure"  # pressure | forecast | module:Class, a policy of Ray Serve
+    min_replicas: int = 1
+    max_replicas: int = 4
+    kv_pressure: float = 0.7  # share of its KV pages that a replica should have in use
+    queue_age_s: float = 2.0  # no request should wait for longer
+    floor_attainment: float = 0.95  # share of requests with a floor that should be above it
+    up_after_s: float = 10.0  # more replicas are needed for so long before they come
+    down_after_s: float = 300.0  # and fewer, before they go
+    deadband: float = (
+        0.1  # of the replicas there are; a need that is no further off changes nothing
+    )
+    lead_s: float = 900.0  # policy forecast: how far ahead it looks
+
+    def __post_init__(self) -> None:
+        _check_scaling(self, least=1)
+        _between(self, 0.01, 1.0, "kv_pressure")
+        _between(self, 0.01, 0.99, "floor_attainment")  # all, and none could ever go
+        _between(self, 0.01, math.inf, "queue_age_s")
+        _between(self, 0.0, 43200.0, "lead_s")
+
+
+@dataclass(frozen=True, slots=True)
+class DraftScaling:
+    """When draft replicas come and go (docs/autoscaling.md)."""
+
+    policy: str = "demand"  # demand | module:Class, a policy of Ray Serve
+    min_replicas: int = 0
+    max_replicas: int = 4
+    min_ratio: float = 0.25  # draft replicas to a verifier, while any are wanted
+    max_ratio: float = 1.0
+    busy: float = 0.6  # share of the time that a replica should be drafting
+    missed: float = 0.05  # share of blocks that may miss their deadline
+    wanted: float = 0.25  # a verifier that wants blocks in this share of its rounds wants drafts
+    wake_after_s: float = 5.0  # drafts are wanted for so long before the first comes
+    zero_after_s: float = 300.0  # and by nobody, before the last goes
+    retry_after_s: float = 3600.0  # with traffic and no drafts for so long, look again; 0: never
+    up_after_s: float = 10.0
+    down_after_s: float = 300.0
+    deadband: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_scaling(self, least=0)
+        _between(self, 0.01, 1.0, "busy", "missed", "wanted")
+        _between(self, 0.0, math.inf, "min_ratio", "wake_after_s", "zero_after_s", "retry_after_s")
+        _between(self, max(self.min_ratio, 0.01), math.inf, "max_ratio")
+
+
+@dataclass(frozen=True, slots=True)
+class AutoscalingConfig:
+    """Replicas by load; off, there are as many as ServeConfig says."""
+
+    enabled: bool = False
+    interval_s: float = 5.0  # between reports of a replica; policies see the mean of the last four
+    stale_after_s: float = 30.0  # an older report is none, and nothing shrinks without reports
+    verifier: VerifierScaling = field(default_factory=VerifierScaling)
+    draft: DraftScaling = field(default_factory=DraftScaling)
+
+    def __post_init__(self) -> None:
+        _between(self, 0.1, math.inf, "interval_s")
+        _between(self, 2 * self.interval_s, math.inf, "stale_after_s")
+
+
+@dataclass(frozen=True, slots=True)
 class ServeConfig:
     """All four services."""
 
@@ -127,6 +194,7 @@ class ServeConfig:
     draft: DraftConfig = field(default_factory=DraftConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
     verifier_replicas: int = 1
     draft_replicas: int = 1
 
@@ -134,6 +202,20 @@ class ServeConfig:
         _positive(self, "verifier_replicas")
         if self.draft_replicas < 0:
             raise ConfigError(f"draft_replicas must not be negative; got {self.draft_replicas}")
+        if not self.autoscaling.enabled:
+            return
+        for pool in ("verifier", "draft"):
+            if (count := getattr(self, f"{pool}_replicas")) != 1:
+                raise ConfigError(
+                    f"{pool}_replicas is {count}, but autoscaling is enabled and decides: set "
+                    f"autoscaling.{pool}.min_replicas and max_replicas instead"
+                )
+
+    @property
+    def most_drafts(self) -> int:
+        """Draft replicas that there may be at a time."""
+        scaling = self.autoscaling
+        return scaling.draft.max_replicas if scaling.enabled else self.draft_replicas
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -148,8 +230,10 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     made: dict[str, Any] = {}
     for key, value in values.items():
         nested: Any = known[key].default_factory
-        is_group = isinstance(nested, type) and isinstance(value, Mapping)
-        made[key] = build(nested, value) if is_group else value
+        is_group = isinstance(nested, type)
+        if is_group and not isinstance(value, Mapping | nested):
+            raise ConfigError(f"{key} must be a mapping of settings; got {value!r}")
+        made[key] = build(nested, value) if isinstance(value, Mapping) else value
     return cls(**made)
 
 
@@ -168,3 +252,25 @@ def _positive(settings: object, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < 1:
             raise ConfigError(f"{name} must be at least 1; got {getattr(settings, name)}")
+
+
+def _between(settings: object, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not low <= value <= high
+        ):
+            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ConfigError(f"{name} must be a number {limits}; got {value!r}")
+
+
+def _check_scaling(settings: VerifierScaling | DraftScaling, least: int) -> None:
+    _between(settings, least, math.inf, "min_replicas")
+    _between(settings, max(least, settings.min_replicas), math.inf, "max_replicas")
+    for name in ("min_replicas", "max_replicas"):
+        if not isinstance(getattr(settings, name), int):
+            raise ConfigError(f"{name} must be a whole number; got {getattr(settings, name)!r}")
+    _between(settings, 0.0, math.inf, "up_after_s", "down_after_s")
+    _between(settings, 0.0, 1.0, "deadband")

@@ -28,6 +28,18 @@ def test_settings_nest(tmp_path: Path) -> None:
         ({"scheduler": {"kubernetes": {"enabled": "maybe"}}}, "auto, on or off; got 'maybe'"),
         ({"verifier_replicas": 0}, "verifier_replicas"),
         ({"draft_replicas": -1}, "draft_replicas"),
+        ({"autoscaling": True}, "autoscaling must be a mapping"),
+        ({"autoscaling": {"interval_s": "5"}}, "interval_s"),
+        ({"autoscaling": {"interval_s": 20.0}}, "stale_after_s"),
+        ({"autoscaling": {"verifier": {"min_replicas": 0}}}, "min_replicas"),
+        ({"autoscaling": {"verifier": {"max_replicas": 1.5}}}, "max_replicas"),
+        ({"autoscaling": {"verifier": {"min_replicas": 3, "max_replicas": 2}}}, "max_replicas"),
+        ({"autoscaling": {"verifier": {"floor_attainment": 1.0}}}, "floor_attainment"),
+        ({"autoscaling": {"verifier": {"kv_presure": 0.5}}}, "kv_presure"),
+        ({"autoscaling": {"draft": {"min_ratio": 2.0}}}, "max_ratio"),
+        ({"autoscaling": {"draft": {"busy": float("nan")}}}, "busy"),
+        ({"autoscaling": {"enabled": True}, "verifier_replicas": 2}, "autoscaling.verifier.min"),
+        ({"autoscaling": {"enabled": True}, "draft_replicas": 0}, "autoscaling.draft.min"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(values: dict[str, object], match: str) -> None:
