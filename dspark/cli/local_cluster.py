@@ -103,7 +103,7 @@ class LocalCluster:
         self._applications.append(SCHEDULER_APP)
         handle = serve.run(scheduler.deployment(config), name=SCHEDULER_APP, route_prefix=None)
         parts: list[tuple[str, Any, str | None]] = []
-        if drafted and config.draft_replicas:
+        if drafted and config.most_drafts:
             parts.append(("draft", draft.deployment(config, handle), None))
         parts.append(("verifier", verifier.deployment(config, handle), None))
         parts.append(("gateway", gateway.deployment(config, handle), "/"))

@@ -33,6 +33,7 @@ class DraftExchange:
         self._link = link
         self._vocab_size = vocab_size
         self._window = context_window  # features before it are not missed; 0: all are
+        self.asked = self.missed = 0  # blocks since the start; of those, late ones
 
     @property
     def available(self) -> bool:
@@ -66,6 +67,7 @@ class DraftExchange:
             for sequence in overdue:
                 sequence.wanted_block = None
             if overdue:
+                self.missed += len(overdue)
                 self._link.missed()
                 under_way = [s for s in under_way if s.wanted_block is not None]
             if not under_way:
@@ -165,6 +167,7 @@ class DraftExchange:
         sequence.sent_features = end
         if size:
             sequence.wanted_block, sequence.asked_at = fence, time.monotonic()
+            self.asked += 1
         token_ids = None
         if features is None:
             features = torch.zeros(0, 0)

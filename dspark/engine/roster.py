@@ -7,6 +7,7 @@ when there is room, its draws being named by position and round and not by time.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -65,7 +66,7 @@ class Roster:
             raise OverloadedError(
                 f"{len(self.waiting)} requests wait already, the most that is allowed; retry later"
             )
-        self.waiting.append(Sequence(request, stop_token_ids))
+        self.waiting.append(Sequence(request, stop_token_ids, waiting_since=time.monotonic()))
 
     def abort(self, request_id: str) -> None:
         """Drop a request and all it holds; an unknown one is nothing to do."""
@@ -77,6 +78,12 @@ class Roster:
             self.waiting.remove(sequence)
         sequence.finish_reason = FinishReason.ABORT
         self._let_go(sequence)
+
+    @property
+    def queue_age_s(self) -> float:
+        """How long the oldest waiting request has waited; 0 if none waits. For any thread."""
+        waiting = list(self.waiting)  # in one go: the engine's thread goes on meanwhile
+        return time.monotonic() - min(s.waiting_since for s in waiting) if waiting else 0.0
 
     def admit(self) -> None:
         """Start waiting requests in order while there is room for what they say already."""
@@ -119,6 +126,7 @@ class Roster:
         """Take a running request's pages, and let it wait at the head of the queue."""
         del self.running[sequence.request.id]
         self.pages.release(sequence.give_up())
+        sequence.waiting_since = time.monotonic()
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 

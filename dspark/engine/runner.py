@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dspark.engine.threads import use_all_threads
 from dspark.engine.verifier import VerifierEngine
 from dspark.errors import UnavailableError
+from dspark.scheduling.autoscaling.signals import Share, VerifierSignals
 from dspark.scheduling.calibration import CalibrationTable
 from dspark.types import Request, StepPlan, StepReport, VerificationResult
 
@@ -39,6 +40,7 @@ class EngineRunner:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
+        self._wanting, self._missed = Share(), Share()
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="verifier-engine", daemon=True)
 
@@ -91,6 +93,19 @@ class EngineRunner:
     def load(self) -> tuple[int, int, int, int]:
         """The engine's load, as it stands; read without waiting."""
         return self._engine.load
+
+    def signals(self) -> VerifierSignals:
+        """For autoscaling. Shares are of what happened since the last call: there is one caller."""
+        engine, (running, waiting, free, total) = self._engine, self._engine.load
+        counts = engine.draft_counts
+        return VerifierSignals(
+            kv_pressure=1.0 - free / total,
+            queue_age_s=engine.queue_age_s,
+            floor_attainment=engine.floor_attainment,
+            requests=running + waiting,
+            drafts_wanted=self._wanting.look(counts.wanting, counts.rounds),
+            blocks_missed=self._missed.look(counts.missed, counts.blocks),
+        )
 
     def _post(self, action: Callable[[], None]) -> None:
         with self._wake:

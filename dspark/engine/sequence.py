@@ -28,6 +28,7 @@ class Sequence:
     wanted_block: Fence | None = None  # a proposal is under way
     asked_at: float = 0.0  # when it was asked for, on the monotonic clock
     index: TextIndex | None = None  # once blocks have been looked up
+    waiting_since: float = 0.0  # while it waits, on the monotonic clock
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

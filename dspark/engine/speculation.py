@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from dspark.config import EngineConfig
+from dspark.engine.demand import DraftDemand
 from dspark.engine.exchange import DraftExchange
 from dspark.engine.features import FeatureStore
 from dspark.engine.lookup import PromptLookup
 from dspark.engine.sequence import Sequence
 from dspark.kernels.attention_plan import PAGE_SIZE
+from dspark.scheduling.autoscaling.signals import DraftCounts
 from dspark.scheduling.calibration import CalibrationInUse
 from dspark.scheduling.draft_gate import DraftGate
 from dspark.scheduling.planner import Search, plan_lengths
@@ -74,11 +76,20 @@ class Speculation:
         self._drafting = 0  # length of blocks that the gate last let through
         self._promised = 0.0  # draft tokens of this step that should be accepted
         self._rows = 1.0  # target rows of a request in the last step that decoded
+        self._demand = DraftDemand()
 
     @property
     def drafts(self) -> bool:
         """Whether there is anything to draft with."""
         return self._exchange is not None or self._lookup is not None
+
+    @property
+    def counts(self) -> DraftCounts:
+        """What was done about a drafter, since the start; one in this process counts, too."""
+        demand, exchange = self._demand, self._exchange
+        if exchange is None:
+            return DraftCounts(demand.rounds)
+        return DraftCounts(demand.rounds, demand.wanting, exchange.asked, exchange.missed)
 
     @property
     def looks_up(self) -> bool:
@@ -228,18 +239,22 @@ class Speculation:
         """
         plan, lookup = self._current_plan, self._lookup
         self._drafting = 0
+        self._demand.rounds += 1
         sequences = [s for s in stepped if s.request.sampling.speculate]
         if plan.policy is VerificationPolicy.OFF or not sequences:
             return
         exchange = self._exchange
+        judges = self._judges if plan.policy is VerificationPolicy.ADAPTIVE else None
+        size, rest = plan.block_size or self.block_size, 0
         if exchange is not None and not exchange.available:
+            gate = None if judges is None else judges[0][1]
+            self._demand.count_without(gate, running, size, exchange.latency_ms, _search(sequences))
             exchange = None
         if exchange is None and lookup is None:
             return
         self._turn_to(looks_up=exchange is None)
-        size, rest = plan.block_size or self.block_size, 0
-        gate = self._gate
-        if plan.policy is VerificationPolicy.ADAPTIVE and gate is not None:
+        gate = None if judges is None else self._gate
+        if gate is not None:
             latency_ms = 0.0 if exchange is None else exchange.latency_ms
             size = gate.block_size(running, size, latency_ms, _search(sequences))
             rest = gate.rest
@@ -249,6 +264,7 @@ class Speculation:
                 sequences = [s for s in sequences if s.useful][: gate.width]
                 self._narrow = size > 0
         if exchange is not None:
+            self._demand.count(gate)
             if exchange.ask(sequences, self._features, size, rest=rest):
                 self._asked = size
         elif lookup is not None and size:

@@ -28,6 +28,7 @@ from dspark.kernels.cpu import operators
 from dspark.models.drafter import FeatureProjection
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
+from dspark.scheduling.autoscaling.signals import DraftCounts
 from dspark.scheduling.calibration import CalibrationInUse
 from dspark.scheduling.outcomes import OutcomeSample
 from dspark.scheduling.step_table import StepTimeTable
@@ -160,6 +161,21 @@ class VerifierEngine:
         """Requests running, requests waiting, pages free, pages in all."""
         roster = self.roster
         return len(roster.running), len(roster.waiting), roster.pages.free, roster.pages.total
+
+    @property
+    def queue_age_s(self) -> float:
+        """How long the oldest waiting request has waited; 0 if none waits. For any thread."""
+        return self.roster.queue_age_s
+
+    @property
+    def floor_attainment(self) -> float:
+        """Share of requests with a tokens/s floor that are above it; none has one, so all are."""
+        return 1.0
+
+    @property
+    def draft_counts(self) -> DraftCounts:
+        """What was done about a drafter, since the start. For any thread."""
+        return self._speculation.counts
 
     def set_plan(self, plan: StepPlan) -> None:
         """Follow `plan` until its validity ends, then the configuration again."""

@@ -115,6 +115,25 @@ class DraftGate:
         """Rounds until blocks are asked for again; 0 while they are."""
         return 0 if self._size else self._closed[load_of(self._requests)].rest
 
+    @property
+    def _known(self) -> bool:
+        """Whether there is anything to judge by."""
+        return bool(len(self._blocks) or self._latest) and self._times.drafting_known
+
+    @property
+    def open(self) -> bool:
+        """Whether blocks are asked for other than to probe: they pay, or nothing is known yet."""
+        return self._size > 0 or not self._known
+
+    def would_pay(
+        self, requests: int, most: int, latency_ms: float = 0.0, search: Search = "global"
+    ) -> bool:
+        """Whether blocks should pay at this load by what is known, though none can be had now."""
+        sizes = _sizes(most)
+        return not self._known or any(
+            self.gain(requests, size, latency_ms, search) > _LEAST_GAIN for size in sizes
+        )
+
     def block_size(
         self, requests: int, most: int, latency_ms: float = 0.0, search: Search = "global"
     ) -> int:
@@ -126,7 +145,7 @@ class DraftGate:
         meanwhile. `search`: as the blocks will be planned.
         """
         self.width = None
-        if not (len(self._blocks) or self._latest) or not self._times.drafting_known:
+        if not self._known:
             return most
         self._rounds += 1
         self._age += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -21,6 +22,8 @@ from dspark.models.checkpoint import fingerprint
 from dspark.pb import draft_pb2, draft_pb2_grpc, scheduler_pb2
 from dspark.rpc.lease import LeaseKeeper
 from dspark.rpc.server import ReplicaServer, check_serving
+from dspark.scheduling.autoscaling.options import draft_options
+from dspark.scheduling.autoscaling.signals import DraftSignals, Share, to_stats
 from dspark.services.draft.servicer import DraftServicer
 from dspark.services.draft.worker import DraftWorker
 
@@ -51,6 +54,7 @@ class DraftReplica:
         assert folder is not None  # load_draft_engine has refused otherwise
         weights = fingerprint(folder)
         self._worker = DraftWorker(engine, config.draft.max_batch_works, self._failed)
+        self._busy = Share(0.0, time.monotonic())
         self._worker.start()
         host = ray.util.get_node_ip_address()
         self._server = ReplicaServer()
@@ -85,6 +89,10 @@ class DraftReplica:
         """This process; for operators and fault tests."""
         return os.getpid()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Ray Serve asks every so often, and hands it to the autoscaling policy."""
+        return to_stats(DraftSignals(self._busy.look(self._worker.busy_s, time.monotonic())))
+
     async def check_health(self) -> None:
         """Raises when the engine failed or the server does not answer: Serve then replaces us."""
         if self._worker.failure is not None:
@@ -105,4 +113,4 @@ class DraftReplica:
 def deployment(config: ServeConfig, scheduler: Any) -> Any:
     """The bound deployment; `scheduler` is the scheduler's handle."""
     replica: Any = DraftReplica  # Serve's decorators are untyped
-    return replica.options(num_replicas=config.draft_replicas).bind(config, scheduler)
+    return replica.options(**draft_options(config)).bind(config, scheduler)

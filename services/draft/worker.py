@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -47,6 +48,7 @@ class DraftWorker:
         self._sessions: dict[int, set[str]] = {}
         self._thread = threading.Thread(target=self._run, name="draft-engine", daemon=True)
         self.failure: BaseException | None = None
+        self.busy_s = 0.0  # spent on work since the start
 
     @property
     def sessions(self) -> int:
@@ -107,7 +109,9 @@ class DraftWorker:
                 self._sessions.setdefault(job.client, set()).add(session)
                 inside = replace(work.fence, session=_inside(job.client, session))
                 works.append(replace(work, fence=inside))
+        started = time.monotonic()
         proposals, resyncs = self._engine.run(works)
+        self.busy_s += time.monotonic() - started
         for job in jobs:
             job.answer(
                 [

@@ -22,6 +22,8 @@ from dspark.pb import scheduler_pb2, verifier_pb2, verifier_pb2_grpc
 from dspark.rpc.draft_link import RemoteDraftLink
 from dspark.rpc.lease import LeaseKeeper
 from dspark.rpc.server import ReplicaServer, check_serving
+from dspark.scheduling.autoscaling.options import verifier_options
+from dspark.scheduling.autoscaling.signals import to_stats
 from dspark.services.verifier.coordination import Coordinator
 from dspark.services.verifier.servicer import VerifierServicer
 
@@ -95,6 +97,10 @@ class VerifierReplica:
         """host:port of this replica's gRPC server; for operators."""
         return self._address
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Ray Serve asks every so often, and hands it to the autoscaling policy."""
+        return to_stats(self._runner.signals())
+
     async def check_health(self) -> None:
         """Raises when the engine failed or the server does not answer: Serve then replaces us."""
         if self._runner.failure is not None:
@@ -133,4 +139,4 @@ class VerifierReplica:
 def deployment(config: ServeConfig, scheduler: Any) -> Any:
     """The bound deployment; `scheduler` is the scheduler's handle."""
     replica: Any = VerifierReplica  # Serve's decorators are untyped
-    return replica.options(num_replicas=config.verifier_replicas).bind(config, scheduler)
+    return replica.options(**verifier_options(config)).bind(config, scheduler)

@@ -114,6 +114,20 @@ def test_an_aborted_request_says_no_more() -> None:
     assert (running_, waiting, free) == (0, 0, total)
 
 
+def test_signals_are_of_now_and_shares_since_the_last_time() -> None:
+    engine = tiny_engine(TARGET)
+    watcher = Watcher(engine)
+    engine.add(request("a"))
+    engine.step()
+    engine.add(request("b"))
+    signals = watcher.runner.signals()
+    total = watcher.runner.load[3]
+    assert signals.kv_pressure == pytest.approx(1 / total)  # a page of sixteen holds it
+    assert signals.queue_age_s > 0.0
+    assert (signals.requests, signals.floor_attainment) == (2, 1.0)
+    assert signals.drafts_wanted == signals.blocks_missed == 0.0
+
+
 def test_a_step_that_raises_ends_the_runner_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine(TARGET)
 

@@ -317,3 +317,26 @@ def test_survivals_that_underflow_are_no_chance() -> None:
     verifier = Verifier()
     verifier.rounds(np.array([0.5, 0.0, 0.0, 0.0], dtype=np.float32), 20)
     assert verifier.gate.gain(1, MOST) > 0.0
+
+
+def test_it_tells_probing_from_drafting_that_pays() -> None:
+    verifier = Verifier()
+    assert verifier.gate.open  # nothing is known yet
+    verifier.rounds(GOOD, 100)
+    assert verifier.gate.open
+    verifier.draft_ms = 5.0
+    verifier.rounds(BAD, 500)
+    assert not verifier.gate.open
+    while not verifier.rounds(BAD, 1):
+        pass
+    assert not verifier.gate.open  # a probe
+
+
+def test_it_says_at_which_loads_blocks_would_pay_although_none_can_be_had() -> None:
+    assert Verifier().gate.would_pay(32, MOST), "of what is not known, one has to learn"
+    verifier = Verifier()
+    verifier.rounds(GOOD, 100)
+    verifier.draft_ms = 200.0
+    verifier.rounds(GOOD, 500, requests=32)
+    assert verifier.gate.would_pay(1, MOST)
+    assert not verifier.gate.would_pay(32, MOST)

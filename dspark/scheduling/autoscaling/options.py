@@ -1,0 +1,59 @@
+"""What a deployment tells Ray Serve about its replicas, by the settings. Plain data, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from dspark.config import DraftScaling, ServeConfig, VerifierScaling
+from dspark.errors import ConfigError
+
+_VERIFIER = "dspark.services.verifier.autoscaling:VerifierAutoscaling"
+_DRAFT = "dspark.services.draft.autoscaling:DraftAutoscaling"
+_WINDOW = 4  # reports that a policy sees the mean of
+
+
+def verifier_options(config: ServeConfig) -> dict[str, Any]:
+    """For the verifier deployment's `options`; ConfigError names a policy that does not exist."""
+    if not config.autoscaling.enabled:
+        return {"num_replicas": config.verifier_replicas}
+    named = {"pressure": _VERIFIER, "forecast": _VERIFIER}
+    return _options(config, config.autoscaling.verifier, named)
+
+
+def draft_options(config: ServeConfig) -> dict[str, Any]:
+    """The same for the draft deployment."""
+    if not config.autoscaling.enabled:
+        return {"num_replicas": config.draft_replicas}
+    return _options(config, config.autoscaling.draft, {"demand": _DRAFT})
+
+
+def _options(
+    config: ServeConfig, settings: VerifierScaling | DraftScaling, named: dict[str, str]
+) -> dict[str, Any]:
+    function = named.get(settings.policy, settings.policy)
+    if ":" not in function:
+        raise ConfigError(
+            f"no autoscaling policy is called {settings.policy!r}: choose {' or '.join(named)}, or "
+            "name a class as module:Class"
+        )
+    interval_s, stale_after_s = config.autoscaling.interval_s, config.autoscaling.stale_after_s
+    return {
+        "autoscaling_config": {
+            "min_replicas": settings.min_replicas,
+            "max_replicas": settings.max_replicas,
+            "metrics_interval_s": interval_s,
+            "look_back_period_s": _WINDOW * interval_s,
+            # The policy has delays of its own; a second one of Serve's would only add to them.
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": 0.0,
+            "policy": {
+                "policy_function": function,
+                "policy_kwargs": {
+                    "model": config.model.target,
+                    "stale_after_s": stale_after_s,
+                    "settings": asdict(settings),
+                },
+            },
+        }
+    }
