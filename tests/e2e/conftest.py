@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import random
-import socket
 from collections.abc import Iterator
 
 import pytest
+from helpers.ports import free_ports
 
 from dspark.cli.local_cluster import LocalCluster
 from dspark.config import EngineConfig, GatewayConfig, ModelConfig, ServeConfig
 from dspark.models.builtin import BUILTIN
 from dspark.models.tokenizer import load_tokenizer
-
-# Below what Linux gives to outgoing connections, above what Ray gives to its workers: a port that
-# is free now is still free when the gateway binds it, half a minute and many processes later.
-PORTS = range(21000, 29000)
-
-
-def free_ports(count: int) -> list[int]:
-    held: list[socket.socket] = []
-    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-        one = socket.socket()
-        try:
-            one.bind(("127.0.0.1", port))
-        except OSError:
-            one.close()
-            continue
-        held.append(one)
-        if len(held) == count:
-            break
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
 
 
 @pytest.fixture(scope="module")  # Ray is one a process, and others want it after
