@@ -3,11 +3,13 @@
 A replica is known by its incarnation, one for each start of its process, and forgotten when its
 lease runs out. Requests go to the least busy verifier; those placed since its last sign of life
 count too, so that a burst between two heartbeats spreads. Verifiers are paired with the draft
-replica that serves the fewest, and stay with it while it lives.
+replica that serves the fewest, and stay with it while it lives, unless another serves two fewer: so
+a draft replica that has been added gets its part.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -147,11 +149,11 @@ class Cluster:
             and m.replica.drafter_fingerprint == own.replica.drafter_fingerprint
         }
         paired = self._pairs.get(verifier)
-        if paired not in fitting:
-            if not fitting:
-                self._pairs.pop(verifier, None)
-                return None
-            taken = list(self._pairs.values())
-            paired = min(fitting, key=lambda name: (taken.count(name), name))
-            self._pairs[verifier] = paired
+        if not fitting:
+            self._pairs.pop(verifier, None)
+            return None
+        taken = Counter(self._pairs.values())
+        fewest = min(fitting, key=lambda name: (taken[name], name))
+        if paired not in fitting or taken[paired] - taken[fewest] > 1:
+            paired = self._pairs[verifier] = fewest
         return fitting[paired].replica

@@ -120,8 +120,11 @@ def test_pairs_are_balanced_and_stay() -> None:
         known.beat(draft(name), Load())
     first = {f"v{i}": known.draft_for(f"v{i}") for i in range(4)}
     assert sorted(Counter(d.incarnation for d in first.values() if d).values()) == [2, 2]
-    known.beat(draft("d2"), Load())
     assert {v: known.draft_for(v) for v in first} == first
+    known.beat(draft("d2"), Load())  # takes one of them, and the others stay
+    second = {v: known.draft_for(v) for v in first}
+    assert [d for v, d in second.items() if d != first[v]] == [draft("d2")]
+    assert {v: known.draft_for(v) for v in first} == second
 
 
 def test_a_verifier_moves_when_its_draft_dies_or_drains() -> None:
