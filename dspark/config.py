@@ -175,7 +175,7 @@ class AutoscalingConfig:
     """Replicas by load; off, there are as many as ServeConfig says."""
 
     enabled: bool = False
-    interval_s: float = 5.0  # between reports of a replica; policies see the mean of the last four
+    interval_s: float = 5.0  # between reports; policies see means over the last four
     stale_after_s: float = 30.0  # an older report is none, and nothing shrinks without reports
     verifier: VerifierScaling = field(default_factory=VerifierScaling)
     draft: DraftScaling = field(default_factory=DraftScaling)

@@ -1,4 +1,4 @@
-"""One cluster for all end-to-end tests: four services on local Ray, the built-in model, fp32."""
+"""The cluster of most end-to-end tests: four services on local Ray, the built-in model, fp32."""
 
 from __future__ import annotations
 

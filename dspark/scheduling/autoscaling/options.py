@@ -10,7 +10,7 @@ from dspark.errors import ConfigError
 
 _VERIFIER = "dspark.services.verifier.autoscaling:VerifierAutoscaling"
 _DRAFT = "dspark.services.draft.autoscaling:DraftAutoscaling"
-_WINDOW = 4  # reports that a policy sees the mean of
+_WINDOW = 4  # intervals that a policy sees means over
 
 
 def verifier_options(config: ServeConfig) -> dict[str, Any]:
