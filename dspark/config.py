@@ -131,13 +131,11 @@ class VerifierScaling:
     floor_attainment: float = 0.95  # share of requests with a floor that should be above it
     up_after_s: float = 10.0  # more replicas are needed for so long before they come
     down_after_s: float = 300.0  # and fewer, before they go
-    deadband: float = (
-        0.1  # of the replicas there are; a need that is no further off changes nothing
-    )
+    deadband: float = 0.1  # of their number; a need that is no further from it changes nothing
     lead_s: float = 900.0  # policy forecast: how far ahead it looks
 
     def __post_init__(self) -> None:
-        _check_scaling(self, least=1)
+        _check_scaling(self, 1, "pressure", "forecast")
         _between(self, 0.01, 1.0, "kv_pressure")
         _between(self, 0.01, 0.99, "floor_attainment")  # all, and none could ever go
         _between(self, 0.01, math.inf, "queue_age_s")
@@ -164,7 +162,7 @@ class DraftScaling:
     deadband: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_scaling(self, least=0)
+        _check_scaling(self, 0, "demand")
         _between(self, 0.01, 1.0, "busy", "missed", "wanted")
         _between(self, 0.0, math.inf, "min_ratio", "wake_after_s", "zero_after_s", "retry_after_s")
         _between(self, max(self.min_ratio, 0.01), math.inf, "max_ratio")
@@ -266,7 +264,12 @@ def _between(settings: object, low: float, high: float, *names: str) -> None:
             raise ConfigError(f"{name} must be a number {limits}; got {value!r}")
 
 
-def _check_scaling(settings: VerifierScaling | DraftScaling, least: int) -> None:
+def _check_scaling(settings: VerifierScaling | DraftScaling, least: int, *policies: str) -> None:
+    if settings.policy not in policies and ":" not in str(settings.policy):
+        raise ConfigError(
+            f"no autoscaling policy is called {settings.policy!r}: choose {' or '.join(policies)}, "
+            "or name a class as module:Class"
+        )
     _between(settings, least, math.inf, "min_replicas")
     _between(settings, max(least, settings.min_replicas), math.inf, "max_replicas")
     for name in ("min_replicas", "max_replicas"):

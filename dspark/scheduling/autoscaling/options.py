@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 from dspark.config import DraftScaling, ServeConfig, VerifierScaling
-from dspark.errors import ConfigError
 
 _VERIFIER = "dspark.services.verifier.autoscaling:VerifierAutoscaling"
 _DRAFT = "dspark.services.draft.autoscaling:DraftAutoscaling"
@@ -14,29 +13,22 @@ _WINDOW = 4  # intervals that a policy sees means over
 
 
 def verifier_options(config: ServeConfig) -> dict[str, Any]:
-    """For the verifier deployment's `options`; ConfigError names a policy that does not exist."""
+    """For the verifier deployment's `options`."""
     if not config.autoscaling.enabled:
         return {"num_replicas": config.verifier_replicas}
-    named = {"pressure": _VERIFIER, "forecast": _VERIFIER}
-    return _options(config, config.autoscaling.verifier, named)
+    return _options(config, config.autoscaling.verifier, _VERIFIER)
 
 
 def draft_options(config: ServeConfig) -> dict[str, Any]:
     """The same for the draft deployment."""
     if not config.autoscaling.enabled:
         return {"num_replicas": config.draft_replicas}
-    return _options(config, config.autoscaling.draft, {"demand": _DRAFT})
+    return _options(config, config.autoscaling.draft, _DRAFT)
 
 
 def _options(
-    config: ServeConfig, settings: VerifierScaling | DraftScaling, named: dict[str, str]
+    config: ServeConfig, settings: VerifierScaling | DraftScaling, ours: str
 ) -> dict[str, Any]:
-    function = named.get(settings.policy, settings.policy)
-    if ":" not in function:
-        raise ConfigError(
-            f"no autoscaling policy is called {settings.policy!r}: choose {' or '.join(named)}, or "
-            "name a class as module:Class"
-        )
     interval_s, stale_after_s = config.autoscaling.interval_s, config.autoscaling.stale_after_s
     return {
         "autoscaling_config": {
@@ -48,7 +40,7 @@ def _options(
             "upscale_delay_s": 0.0,
             "downscale_delay_s": 0.0,
             "policy": {
-                "policy_function": function,
+                "policy_function": settings.policy if ":" in settings.policy else ours,
                 "policy_kwargs": {
                     "model": config.model.target,
                     "stale_after_s": stale_after_s,

@@ -56,9 +56,9 @@ def test_settings_that_do_not_exist_are_refused() -> None:
 
 def test_an_unknown_policy_is_refused_and_one_of_the_users_own_is_not() -> None:
     with pytest.raises(ConfigError, match="pressure or forecast"):
-        verifier_options(config(verifier="clever"))
+        config(verifier="clever")
     with pytest.raises(ConfigError, match="'pressure': choose demand"):
-        draft_options(config(draft="pressure"))
+        config(draft="pressure")
     options = verifier_options(config(verifier="my.policies:Own"))["autoscaling_config"]
     assert options["policy"]["policy_function"] == "my.policies:Own"
 
