@@ -312,7 +312,7 @@ def check_a_step_waits_once(device: str) -> Facts:
         engine = engine_of(target, drafter_of(target) if drafts else None)
         requests = requests_of(KINDS, target.vocab_size)
         tokens_of(engine, requests)  # captures, and whatever else happens once
-        made = target.padded.graphs(engine._kv)
+        made = target.padded.graphs(engine.kv)
         expect(made > 0 and not target.padded.failed, "nothing was captured")
         with waiting_is_an_error() as counts:
             _, tally = tokens_of(engine, requests)
@@ -322,7 +322,7 @@ def check_a_step_waits_once(device: str) -> Facts:
         expect(bool(tally["verified"]) is drafts, "INCONCLUSIVE: nothing was verified")
         facts["drafts" if drafts else "plain"] = {
             **tally, "waits": dict(counts), "graphs": made,
-            "graphs_after": target.padded.graphs(engine._kv),
+            "graphs_after": target.padded.graphs(engine.kv),
         }  # fmt: skip
     # A vocabulary of a real size takes other kernels.
     judged, logits = judged_of(24, 151_936, seed=3)

@@ -9,7 +9,8 @@
     ├── CheckpointError          a checkpoint cannot be used
     ├── ConfigError              a setting is wrong
     ├── DownloadError            a model could not be fetched intact
-    └── ProtocolError            a peer sent a message outside the contract
+    ├── ProtocolError            a peer sent a message outside the contract
+    └── StepTableError           a step-time table is damaged, or of something else
 
 Every message says what was wrong, what was got, and what to do.
 """
@@ -83,3 +84,9 @@ class ProtocolError(DSparkError):
     """A peer sent a message that the contract does not allow."""
 
     code = "protocol_error"
+
+
+class StepTableError(DSparkError):
+    """A step-time table is damaged, or was measured on something else."""
+
+    code = "bad_step_table"

@@ -15,7 +15,8 @@ from dspark.engine.drafting import DraftEngine, Drafter
 from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.engine.lookup import BLOCK_SIZE as LOOKUP_BLOCK_SIZE
 from dspark.engine.lookup import PromptLookup
-from dspark.engine.profiling import profile_steps
+from dspark.engine.profiling import Grid
+from dspark.engine.step_times import StepTimeFiles, StepTimeStore, step_times
 from dspark.engine.verifier import VerifierEngine
 from dspark.errors import ConfigError, DownloadError
 from dspark.kernels.attention_plan import pages_for
@@ -148,9 +149,11 @@ def make_verifier(
     engine: EngineConfig,
     link: DraftLink | None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    shared: StepTimeStore | None = None,
 ) -> VerifierEngine:
-    """A verifier with a step-time table measured here and now, if its policy needs one.
+    """A verifier with a step-time table, if its policy needs one.
 
+    The table is kept in the user's cache folder, and in `shared` for other machines like this one.
     ConfigError if the settings contradict each other.
     """
     link = link if loaded.has_drafter else None
@@ -175,12 +178,14 @@ def make_verifier(
     )
     verifier.warm_up()
     if verifier.drafts and engine.policy == "adaptive":
-        verifier.table = profile_steps(
+        grid = Grid.of(
             loaded.target,
             block_size=verifier.block_size,
             max_requests=engine.max_requests,
-            on_progress=on_progress,
+            cache_tokens=engine.cache_tokens,
         )
+        stores = [StepTimeFiles(), *([] if shared is None else [shared])]
+        verifier.table = step_times(loaded.target, verifier.kv, grid, stores, on_progress)
     return verifier
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from hashlib import sha256
+from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 import torch
@@ -12,60 +13,118 @@ import torch
 from dspark.engine.judge import Judged, judge
 from dspark.kernels.attention_plan import pages_for, plan_attention
 from dspark.kernels.cpu import operators
+from dspark.models.graphs import padded_rows
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
-from dspark.scheduling.step_table import StepTimeTable
+from dspark.scheduling.step_table import Cell, StepTimeTable
 from dspark.types import Fence, Request, SamplingParams
 
-_CONTEXT_TOKENS = 256
-_PASSES = 5
+_REQUESTS = (4, 8, 16, 32, 64)
+_CONTEXTS = (64, 512, 2048)
+_PASSES = 3
 _BUDGET_S = 20.0  # a start must not take for ever; what is left out is extrapolated
+_CHECK_BUDGET_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is measured: every combination."""
+
+    requests: tuple[int, ...]
+    rows: tuple[int, ...]  # rows a request
+    contexts: tuple[int, ...]  # committed tokens a request
+
+    @classmethod
+    def of(
+        cls, target: TargetModel, *, block_size: int, max_requests: int, cache_tokens: int
+    ) -> Grid:
+        """What an engine of these bounds needs to know.
+
+        Where steps are padded to sizes, all is measured at powers of two, which are sizes.
+        """
+        most, widest = max(2, max_requests), max(2, block_size + 1)
+        if target.padded is not None:
+            most, widest = (1 << (n - 1).bit_length() for n in (most, widest))
+        longest = max(1, min(target.max_positions, cache_tokens) - widest)
+        return cls(
+            requests=(1, *(r for r in _REQUESTS if r < most), most),
+            rows=tuple(sorted({1, 2, widest})),
+            contexts=tuple(sorted({min(context, longest) for context in _CONTEXTS})),
+        )
+
+    def covers(self, table: StepTimeTable) -> bool:
+        """Whether a table is of this grid; of the most requests there may have been no time."""
+        few = self.requests[: len(table.requests)]
+        return (table.requests, table.rows, table.contexts) == (few, self.rows, self.contexts)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Those of few requests first."""
+        return [(r, q, c) for r in self.requests for q in self.rows for c in self.contexts]
 
 
 def profile_steps(
     target: TargetModel,
+    kv: PagedKVCache,  # of the engine, before there are requests: their pages are written to
+    grid: Grid,
     *,
-    block_size: int,
-    max_requests: int,
+    fingerprint: str = "",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> StepTimeTable:
-    """Time real steps over requests × rows a request; calls `on_progress(done, total)`.
+    """Time real steps; calls `on_progress(done, total)`.
 
-    All sizes are measured in turn, several times, so that a machine whose speed drifts bends the
+    All cells are measured in turn, several times, so that a machine whose speed drifts bends the
     table as little as can be. On one so slow or busy that this takes long, the largest are left
     out.
     """
-    context = min(_CONTEXT_TOKENS, target.max_positions // 2)
-    requests = sorted(
-        {1, *(r for r in (4, 8, 16, 32, 64) if r < max_requests), max(2, max_requests)}
-    )
-    rows = sorted({1, 2, block_size + 1} if block_size else {1, 2})
-    pages = pages_for(context + max(rows))
-    kv = PagedKVCache(pages * max(requests) + 1, target.device)
-    cells = [(r, q) for r in requests for q in rows]
-    samples: dict[tuple[int, int], list[float]] = {}
+    samples: dict[Cell, list[float]] = {}
     operators.spread_threads()
-    _step_ms(target, kv, step_batch(target, 1, 1, context, pages))  # the cache gets its memory
     started = time.perf_counter()
-    total = len(cells) * (1 + _PASSES)
-    for done, (r, q) in enumerate(cells * (1 + _PASSES)):
+    total = len(grid.cells) * (1 + _PASSES)
+    for done, cell in enumerate(grid.cells * (1 + _PASSES)):
         late = time.perf_counter() - started > _BUDGET_S
-        warming_up = done < len(cells)
-        measured = {r for r, _ in samples}
-        if late and (not warming_up or (q == rows[0] and len(measured) >= 2)):
+        warming_up = done < len(grid.cells)
+        measured = {requests for requests, _, _ in samples}
+        if late and (not warming_up or (cell[0] not in measured and len(measured) >= 2)):
             break
-        times = samples.setdefault((r, q), [])
-        times.append(_step_ms(target, kv, step_batch(target, r, q, context, pages)))
+        samples.setdefault(cell, []).append(_step_ms(target, kv, cell))
         on_progress(done + 1, total)
     complete = min(map(len, samples.values()))
     return StepTimeTable.from_samples(
         {cell: times[min(1, complete - 1) :] for cell, times in samples.items()},
-        fingerprint(target),
+        padded=_sizes(target, grid),
+        fingerprint=fingerprint,
     )
 
 
-def _step_ms(target: TargetModel, kv: PagedKVCache, batch: TargetBatch) -> float:
+def speed_now(target: TargetModel, kv: PagedKVCache, table: StepTimeTable) -> float:
+    """How many times as long as by the table steps take now, from a few small ones."""
+    some = table.requests[len(table.requests) // 2]
+    cells = [(r, q, table.contexts[0]) for r in (1, some) for q in (1, table.rows[-1])]
+    cells.append((some, 1, table.contexts[-1]))
+    samples: dict[Cell, list[float]] = {cell: [] for cell in cells}
+    operators.spread_threads()
+    started = time.perf_counter()
+    for done in range(1 + _PASSES):
+        if done > 1 and time.perf_counter() - started > _CHECK_BUDGET_S:
+            break
+        for cell in cells:
+            samples[cell].append(_step_ms(target, kv, cell))
+    return median(median(times[1:]) / table.ms(r, r * q, c) for (r, q, c), times in samples.items())
+
+
+def _sizes(target: TargetModel, grid: Grid) -> tuple[int, ...]:
+    """What steps are padded to, whatever their context; empty where none are."""
+    if target.padded is None or target.padded.failed:
+        return ()
+    return padded_rows(pages_for(grid.contexts[-1] + grid.rows[-1]))
+
+
+def _step_ms(target: TargetModel, kv: PagedKVCache, cell: Cell) -> float:
     """One step, with everything greedy."""
+    requests, rows, context = cell
+    pages = pages_for(context + rows)
+    batch = step_batch(target, requests, rows, context + rows, pages, num_pages=kv.num_pages)
     greedy = SamplingParams(temperature=0.0)
     asked = [
         Judged(Request(str(i), (0,), greedy), Fence(str(i), 0, 0, 1), None, 0)
@@ -76,30 +135,27 @@ def _step_ms(target: TargetModel, kv: PagedKVCache, batch: TargetBatch) -> float
     return (time.perf_counter() - started) * 1e3
 
 
-def fingerprint(target: TargetModel) -> str:
-    """Names what a table is valid for: model shape, dtype, device, threads and torch."""
-    facts = (
-        target.config.to_json_string(use_diff=False),
-        str(target.dtype),
-        str(target.device),
-        torch.get_num_threads(),
-        torch.__version__,
-    )
-    return sha256(repr(facts).encode()).hexdigest()[:16]
-
-
 def step_batch(
-    target: TargetModel, requests: int, rows: int, context: int, pages: int
+    target: TargetModel,
+    requests: int,
+    rows: int,
+    context: int,
+    pages: int,
+    *,
+    num_pages: int = 0,  # of the cache; requests share pages where it has too few. 0: enough
 ) -> TargetBatch:
     """A step of `requests` requests, the newest `rows` of `context` positions each."""
     total = requests * rows
-    tables = [
-        np.arange(1 + r * pages, 1 + (r + 1) * pages, dtype=np.int32) for r in range(requests)
-    ]
+    held = np.arange(requests * pages, dtype=np.int32)
+    if num_pages:
+        held %= num_pages - 1
     return TargetBatch(
         token_ids=torch.arange(total) % target.vocab_size,
         attention=plan_attention(
-            tables, [context - rows] * requests, [rows] * requests, target.device
+            list(1 + held.reshape(requests, pages)),
+            [context - rows] * requests,
+            [rows] * requests,
+            target.device,
         ),
         logit_rows=torch.arange(total),
     )

@@ -123,6 +123,10 @@ class Speculation:
 
     def receive(self, running: dict[str, Sequence]) -> float:
         """Give blocks that came to their requests; waits while that pays. Milliseconds waited."""
+        contexts = [s.computed for s in running.values() if s.computed]
+        if self._judges is not None and contexts:
+            for times, _ in self._judges:
+                times.set_context(sum(contexts) / len(contexts))
         if self._exchange is None:
             return 0.0
         return self._exchange.receive(running, lambda under_way: self._patience(running, under_way))

@@ -76,10 +76,11 @@ class VerifierEngine:
             max_positions=target.max_positions,
             free_session=self._free_session,
         )
-        self._kv = PagedKVCache(self.roster.pages.total + 1, target.device)
+        # Nobody else may write to it while requests run.
+        self.kv = PagedKVCache(self.roster.pages.total + 1, target.device)
         self._features: FeatureStore | None = None
         if projection is not None:
-            self._features = FeatureStore(projection, self._kv.num_slots)
+            self._features = FeatureStore(projection, self.kv.num_slots)
         exchange = None
         if link is not None:
             exchange = DraftExchange(link, target.vocab_size, context_window)
@@ -131,7 +132,7 @@ class VerifierEngine:
         row = torch.zeros(1, dtype=torch.int64)
         page = np.ones(1, dtype=np.int32)
         plan = plan_attention([page], [0], [1], self.target.device)
-        out = self.target.forward(TargetBatch(row, plan, row), self._kv)
+        out = self.target.forward(TargetBatch(row, plan, row), self.kv)
         if self._features is not None and out.taps is not None:
             self._features.keep(out.taps, plan.slots)
             self._features.rows(plan.slots)
@@ -259,7 +260,7 @@ class VerifierEngine:
             attention=plan,
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         )
-        out = self.target.forward(batch, self._kv)
+        out = self.target.forward(batch, self.kv)
         if self._features is not None and out.taps is not None:
             self._features.keep(out.taps, plan.slots)
         emitting = [i for i, turn in enumerate(turns) if turn.emits]

@@ -11,13 +11,14 @@ import torch
 import transformers
 
 from dspark import __version__
+from dspark.kernels.cpu.library import cpu_name
 
 
 def provenance() -> dict[str, object]:
     """Machine, commit and versions."""
     return {
         "machine": {
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -30,16 +31,6 @@ def provenance() -> dict[str, object]:
             "transformers": transformers.__version__,
         },
     }
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -49,9 +49,18 @@ def bucket(plan: AttentionPlan) -> Shape | None:
     rows, width = len(plan.reach), plan.tables.shape[1]
     if max(plan.row_counts) > _FEW_ROWS or rows > ROW_BUCKETS[-1]:
         return None
-    rows = next(size for size in ROW_BUCKETS if size >= rows)
-    width = 1 << (width - 1).bit_length()
+    rows, width = next(size for size in ROW_BUCKETS if size >= rows), _padded_width(width)
     return (rows, width) if rows * width * PAGE_SIZE <= _MOST_KEYS else None
+
+
+def padded_rows(width: int) -> tuple[int, ...]:
+    """The sizes that rows are padded to where the longest sequence has `width` pages."""
+    most = _MOST_KEYS // (_padded_width(width) * PAGE_SIZE)
+    return tuple(rows for rows in ROW_BUCKETS if rows <= most)
+
+
+def _padded_width(width: int) -> int:
+    return 1 << (width - 1).bit_length()
 
 
 class PaddedSteps:

@@ -37,6 +37,7 @@ _MEMORY = 15  # rounds that a median is over
 _SPEED_MEMORY = 5  # steps; a change of speed must be known before the other medians follow it
 _NEAR = 8  # steps within which kinds meet
 _FEW = 16  # counts of tokens, up to which numpy costs more than it saves
+_GRAIN = 32.0  # tokens of context, by which it must change to make a difference
 _FIXED_SHARE = 0.5  # of drafting, that a shorter block is not expected to save
 _LEAST = 3  # rounds that make a measurement: one may be an outlier, the first often is
 
@@ -134,14 +135,23 @@ class _Load:
 
 
 class RoundTimes:
-    """Predicts rounds of `requests` requests; a round is a step and all since the one before."""
+    """Predicts rounds of `requests` requests; a round is a step and all since the one before.
+
+    All is for the context that was set last.
+    """
 
     def __init__(self, table: StepTimeTable) -> None:
         self.table = table
+        self._context, self._now = 0.0, table.at(0.0)
         self._loads: defaultdict[int, _Load] = defaultdict(_Load)  # by powers of two
         self._steps: deque[_Step] = deque(maxlen=_NEAR)
         self._slow = 1.0  # steps of late over what is usual
         self._drafted, self._in_a_row = False, 0  # the last rounds
+
+    def set_context(self, tokens: float) -> None:
+        """Requests have so many committed tokens each, on the average."""
+        if abs(tokens - self._context) >= _GRAIN:
+            self._context, self._now = tokens, self.table.at(tokens)
 
     def record(
         self,
@@ -174,7 +184,7 @@ class RoundTimes:
             load.wait_ms.add(waited_ms / self._slow)
 
     def _take_in(self, load: _Load, requests: int, tokens: int, step_ms: float) -> None:
-        step = _Step(requests, tokens / requests, step_ms / self.table.ms(requests, tokens))
+        step = _Step(requests, tokens / requests, step_ms / self._now.ms(requests, tokens))
         if step.wide:
             load.wide_rows.add(step.rows)
         self._compare(step, load)
@@ -193,7 +203,7 @@ class RoundTimes:
     def step_ms(self, requests: int, tokens: float) -> float:
         """A step of `tokens` target tokens in all."""
         correction = self._correction(requests).at(tokens / max(1, requests))
-        return self.table.ms(requests, tokens) * correction * self._slow
+        return self._now.ms(requests, tokens) * correction * self._slow
 
     def plain_ms(self, requests: int) -> float:
         """A round without drafting."""
@@ -213,10 +223,10 @@ class RoundTimes:
         correction, rows = self._correction(requests), tokens / max(1, requests)
         if len(tokens) <= _FEW:
             alone = zip(tokens.tolist(), rows.tolist(), strict=True)
-            steps = [self.table.ms(requests, t) * correction.at(r) for t, r in alone]
+            steps = [self._now.ms(requests, t) * correction.at(r) for t, r in alone]
             steps_ms: DoubleArray = np.array(steps)
         else:
-            steps_ms = self.table.times_ms(requests, tokens) * correction.line(rows)
+            steps_ms = self._now.times_ms(requests, tokens) * correction.line(rows)
         return steps_ms * self._slow + self.draft_ms(requests, size, waits=waits)
 
     def overlapped_ms(self, requests: int, tokens: float, size: int, latency_ms: float) -> float:

@@ -75,6 +75,18 @@ def instruction_set() -> str | None:
     return next((name for name in names if _SETS[name][0] <= has), None)
 
 
+def cpu_name() -> str:
+    """What the maker calls this machine's CPU."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+        for line in text.splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
 def _built(instructions: str) -> Path:
     """Path of the library for these sources, these flags and this compiler."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")

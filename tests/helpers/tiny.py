@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from helpers.tables import flat_table
 from helpers.tokenizer import byte_level
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,7 +24,6 @@ from dspark.models.checkpoint import save_drafter
 from dspark.models.drafter import DrafterConfig, DSparkDrafter
 from dspark.models.target import TargetModel
 from dspark.scheduling.calibration import CalibrationInUse, CalibrationTable
-from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import (
     BlockProposal,
     DraftWork,
@@ -36,7 +36,7 @@ from dspark.types import (
 TAPS = (0, 1)
 # Rows cost nothing and drafting next to nothing: what a plan admits hangs on its ceiling alone, and
 # not on how fast this machine drafts.
-FREE_ROWS = StepTimeTable((1, 64), (1, 5), ((1e6, 1e6), (1e6, 1e6)))
+FREE_ROWS = flat_table((1, 64), (1, 5), ((1e6, 1e6), (1e6, 1e6)))
 _SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,

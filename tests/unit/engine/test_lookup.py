@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from helpers.tables import flat_table
 from helpers.tiny import (
     FREE_ROWS,
     RecordingLink,
@@ -23,7 +24,6 @@ from dspark.engine import sequence as engine_sequence
 from dspark.engine.lookup import PromptLookup
 from dspark.engine.text_index import TextIndex
 from dspark.scheduling.round_times import RoundTimes
-from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import BlockProposal, Request, SamplingParams, VerifyMode
 
 TARGET = tiny_target()
@@ -178,8 +178,8 @@ def test_blocks_are_the_drafters_while_it_is_there(
 def test_where_rows_are_dear_nothing_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same blocks are verified where that is free, and not where it is not."""
     monkeypatch.setattr(RoundTimes, "record", lambda *_, **__: None)  # this machine's own times
-    dear = StepTimeTable((1, 8), (1, 5), ((1e3, 1e6), (1e3, 1e6)))
-    free = StepTimeTable((1, 8), (1, 5), ((1e3, 1e3), (1e3, 1e3)))
+    dear = flat_table((1, 8), (1, 5), ((1e3, 1e6), (1e3, 1e6)))
+    free = flat_table((1, 8), (1, 5), ((1e3, 1e3), (1e3, 1e3)))
     one = Request("a", PROMPT * 2, GREEDY)
     for table, pays in ((dear, False), (free, True)):
         engine = tiny_engine(TARGET, lookup=PromptLookup(), policy="adaptive")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tables import flat_table
 from helpers.tiny import (
     ScriptedLink,
     Tally,
@@ -33,7 +34,6 @@ from dspark.engine.verifier import VerifierEngine
 from dspark.kernels.cpu import operators
 from dspark.scheduling.planner import Search
 from dspark.scheduling.round_times import RoundTimes
-from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import (
     BlockProposal,
     DraftWork,
@@ -295,7 +295,7 @@ class TellingLink(ScriptedLink):
 
 # One row more costs little, two cost much, and a third next to nothing: Algorithm 1 stops before
 # the second drafted token, a global search goes on where the third one looks good.
-JAGGED = StepTimeTable((1, 2), (1, 2, 3, 4), ((1.0, 1.2, 2.0, 2.05),) * 2)
+JAGGED = flat_table((1, 2), (1, 2, 3, 4), ((1.0, 1.2, 2.0, 2.05),) * 2)
 
 
 @pytest.mark.statistical

@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from helpers.tables import flat_table
 from helpers.tiny import (
     FREE_ROWS,
     RecordingLink,
@@ -30,6 +31,7 @@ from dspark.engine.drafting import DraftEngine
 from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.errors import InvalidRequestError, OverloadedError
 from dspark.kernels.attention_plan import PAGE_SIZE
+from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import (
     DraftWork,
@@ -55,7 +57,7 @@ def plain(one: Request) -> list[int]:
 
 
 def scripted(one: Request, wrong: float = 0.0) -> ScriptedLink:
-    return ScriptedLink({one.id: [*PROMPT, *plain(one)]}, TARGET.vocab_size, wrong)
+    return ScriptedLink({one.id: [*one.prompt_token_ids, *plain(one)]}, TARGET.vocab_size, wrong)
 
 
 def with_link(link: object, **config: object) -> Tally:
@@ -272,8 +274,8 @@ def test_a_full_draft_cache_evicts_idle_sessions_and_goes_on() -> None:
 
 
 def test_an_adaptive_engine_verifies_nothing_that_does_not_pay() -> None:
-    dear = StepTimeTable((1, 8), (1, 5), ((1.0, 500.0), (1.0, 500.0)))
-    free = StepTimeTable((1, 8), (1, 5), ((10.0, 10.0), (10.0, 10.0)))
+    dear = flat_table((1, 8), (1, 5), ((1.0, 500.0), (1.0, 500.0)))
+    free = flat_table((1, 8), (1, 5), ((10.0, 10.0), (10.0, 10.0)))
     for table, pays in ((dear, False), (free, True)):
         engine = tiny_engine(
             TARGET, tiny_drafter(TARGET), link=scripted(request(), 0.3), policy="adaptive"
@@ -281,6 +283,22 @@ def test_an_adaptive_engine_verifies_nothing_that_does_not_pay() -> None:
         engine.table = table
         tally = run(engine, [request()])
         assert tally.tokens["a"] == plain(request())
+        assert (tally.verified > 0) is pays
+
+
+def test_what_pays_depends_on_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows cost nothing at short contexts and a fortune at long ones."""
+    monkeypatch.setattr(RoundTimes, "record", lambda *_, **__: None)  # this machine's own times
+    free, dear = ((1e3, 1e3),) * 2, ((1e3, 1e6),) * 2
+    table = StepTimeTable((1, 8), (1, 5), (100, 200), (free, dear))
+    for prompt, pays in (((3, 1, 4), True), ((3, 1, 4) * 80, False)):
+        asked = Request("a", prompt, request().sampling)
+        engine = tiny_engine(
+            TARGET, tiny_drafter(TARGET), link=scripted(asked, 0.3), policy="adaptive"
+        )
+        engine.table = table
+        tally = run(engine, [asked])
+        assert tally.drafted > 0
         assert (tally.verified > 0) is pays
 
 
@@ -294,7 +312,7 @@ def test_drafting_that_loses_ends_although_prompts_keep_coming() -> None:
         policy="adaptive",
         prefill_chunk_tokens=16,
     )
-    engine.table = StepTimeTable((1, 8), (1, 5), ((10.0, 50.0), (10.0, 50.0)))
+    engine.table = flat_table((1, 8), (1, 5), ((10.0, 50.0), (10.0, 50.0)))
     tally = Tally()
     engine.add(short)
     engine.add(long)
@@ -481,7 +499,7 @@ def test_the_request_admitted_last_makes_room_and_goes_on_where_it_was() -> None
 
 def test_prompts_do_not_stall_those_who_decode() -> None:
     engine = tiny_engine(TARGET, tiny_drafter(TARGET), prefill_chunk_tokens=256)
-    engine.table = StepTimeTable((1, 8), (1, 5), ((10.0, 14.0), (10.0, 14.0)))  # 1 ms a row
+    engine.table = flat_table((1, 8), (1, 5), ((10.0, 14.0), (10.0, 14.0)))  # 1 ms a row
     engine.add(request())
     engine.step()
     engine.add(Request("long", (1,) * 200, SamplingParams(max_tokens=1)))

@@ -11,10 +11,10 @@ from helpers.tiny import TAPS, hf_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark.kernels.attention_plan import PAGE_SIZE, Pages, plan_attention
+from dspark.kernels.attention_plan import PAGE_SIZE, Pages, pages_for, plan_attention
 from dspark.kernels.dispatch import RowStore
 from dspark.models import graphs
-from dspark.models.graphs import ROW_BUCKETS, bucket
+from dspark.models.graphs import ROW_BUCKETS, bucket, padded_rows
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel, TargetOutput
 
@@ -163,3 +163,11 @@ def test_the_graphs_of_a_cache_are_bounded_and_go_with_it(monkeypatch: pytest.Mo
     assert len(target.padded._caches) == 2
     del cache, held
     assert len(target.padded._caches) == 1
+
+
+@given(st.integers(1, 300), st.integers(1, 3000))
+def test_the_sizes_told_are_those_that_steps_take(rows: int, context: int) -> None:
+    pages = np.arange(1, 2 + context // PAGE_SIZE, dtype=np.int32)
+    shape = bucket(plan_attention([pages] * rows, [context - 1] * rows, [1] * rows))
+    told = [size for size in padded_rows(pages_for(context)) if size >= rows]
+    assert (None if shape is None else shape[0]) == (told[0] if told else None)

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers.tables import flat_table
 
 from dspark.scheduling.draft_gate import DraftGate
 from dspark.scheduling.round_times import RoundTimes
@@ -14,7 +15,7 @@ from dspark.scheduling.step_table import StepTimeTable
 GOOD = np.array([0.9, 0.8, 0.7, 0.6], dtype=np.float32)
 BAD = np.array([0.2, 0.05, 0.01, 0.0], dtype=np.float32)
 # 10 ms for the weights, and 1 ms a row
-TABLE = StepTimeTable((1, 32), (1, 5), ((11.0, 15.0), (42.0, 170.0)))
+TABLE = flat_table((1, 32), (1, 5), ((11.0, 15.0), (42.0, 170.0)))
 
 
 MOST = len(GOOD)
@@ -52,7 +53,7 @@ class Verifier:
                 tokens += min(size, 2)
                 drafting_ms = self.draft_ms * (0.467 + 0.533 * size / MOST) * width / requests
             self.drafting_ms += drafting_ms
-            step_ms = self.slower * TABLE.ms(requests, tokens)
+            step_ms = self.slower * TABLE.ms(requests, tokens, 0)
             if size and width < requests:
                 continue
             self.times.record(
@@ -117,7 +118,7 @@ def test_times_are_learnt_while_prompts_keep_coming() -> None:
     verifier.rounds(BAD, 6, requests=32)
     assert verifier.times.drafting_known
     assert verifier.times.draft_ms(32, MOST) == pytest.approx(30.5)
-    assert verifier.times.step_ms(32, 32) == pytest.approx(TABLE.ms(32, 32)), "prompts compared"
+    assert verifier.times.step_ms(32, 32) == pytest.approx(TABLE.ms(32, 32, 0)), "prompts compared"
     verifier.rounds(BAD, 100, requests=32)
     assert verifier.widths[32] == 0
 
@@ -191,7 +192,7 @@ def test_one_slow_round_changes_nothing() -> None:
 
 @pytest.mark.parametrize("slower", [0.5, 1.0, 3.0])
 def test_times_follow_what_is_measured(slower: float) -> None:
-    times, wide_ms = RoundTimes(TABLE), slower * TABLE.ms(4, 6)
+    times, wide_ms = RoundTimes(TABLE), slower * TABLE.ms(4, 6, 0)
     times.record(requests=4, tokens=4, drafted=0, step_ms=7.0, round_ms=7.2)
     for _ in range(15):
         times.record(
@@ -208,12 +209,28 @@ def test_times_follow_what_is_measured(slower: float) -> None:
     assert times.draft_ms(4, MOST, waits=False) == pytest.approx(2.5)
     assert times.plain_ms(4) == pytest.approx(7.2)
     # of a load that was never seen, the machine's speed is known
-    assert times.step_ms(16, 24) == pytest.approx(slower * TABLE.ms(16, 24))
+    assert times.step_ms(16, 24) == pytest.approx(slower * TABLE.ms(16, 24, 0))
+
+
+def test_times_are_those_of_the_context() -> None:
+    table = StepTimeTable((1, 4), (1, 5), (100, 500), (((10.0, 14.0),) * 2, ((20.0, 40.0),) * 2))
+    times = RoundTimes(table)
+    for context in (100.0, 300.0, 500.0, 100.0):
+        times.set_context(context)
+        assert times.step_ms(1, 3) == pytest.approx(table.ms(1, 3, context))
+        for tokens in (np.array([1.0, 2.0]), np.arange(1.0, 30.0)):
+            alone = [table.ms(1, each, context) for each in tokens]
+            assert times.round_ms(1, tokens, MOST) == pytest.approx(alone)
+    times.set_context(500.0)
+    for _ in range(15):
+        times.record(requests=1, tokens=1, drafted=0, step_ms=30.0, round_ms=30.0)
+    times.set_context(100.0)
+    assert times.step_ms(1, 1) == pytest.approx(15.0), "half as slow again, at every context"
 
 
 def test_the_first_draft_token_is_not_charged_what_the_table_lacks_for_all() -> None:
     """The table thinks a second row a request free; it takes as much as the first."""
-    times = RoundTimes(StepTimeTable((1, 32), (1, 2), ((8.0, 8.0), (8.0, 8.0))))
+    times = RoundTimes(flat_table((1, 32), (1, 2), ((8.0, 8.0), (8.0, 8.0))))
     for tokens in (4, 8) * 20:
         times.record(requests=4, tokens=tokens, drafted=0, step_ms=2.0 * tokens, round_ms=20.0)
     assert [times.step_ms(4, tokens) for tokens in (4, 5, 8)] == pytest.approx([8.0, 10.0, 16.0])
@@ -283,9 +300,7 @@ def test_confidences_that_promise_too_much_are_seen_through() -> None:
 
 def test_slow_blocks_pay_when_others_are_stepped_meanwhile() -> None:
     """40 ms for a block, steps of as much: hidden, it is worth having; waited for, it is not."""
-    times = RoundTimes(
-        StepTimeTable((1, 32), (1, 5), ((11.0, 11.0), (321.0, 321.0)))
-    )  # 10 a request
+    times = RoundTimes(flat_table((1, 32), (1, 5), ((11.0, 11.0), (321.0, 321.0))))  # 10 a request
     fair = np.array([0.6, 0.4, 0.2, 0.1], dtype=np.float32)
     gate = DraftGate(times)
     gate.record([fair])
