@@ -290,3 +290,41 @@ class ClusterLoad(_message.Message):
     nodes_age_ms: int
     pods_age_ms: int
     def __init__(self, pools: _Optional[_Iterable[_Union[PoolLoad, _Mapping]]] = ..., pending: _Optional[_Iterable[_Union[PendingPod, _Mapping]]] = ..., pending_pods: _Optional[int] = ..., refused_quantities: _Optional[int] = ..., nodes_age_ms: _Optional[int] = ..., pods_age_ms: _Optional[int] = ...) -> None: ...
+
+class StepTimeTable(_message.Message):
+    __slots__ = ("fingerprint", "requests", "rows", "contexts", "step_ms", "padded")
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXTS_FIELD_NUMBER: _ClassVar[int]
+    STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    PADDED_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: str
+    requests: _containers.RepeatedScalarFieldContainer[int]
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    contexts: _containers.RepeatedScalarFieldContainer[int]
+    step_ms: _containers.RepeatedScalarFieldContainer[float]
+    padded: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, fingerprint: _Optional[str] = ..., requests: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., contexts: _Optional[_Iterable[int]] = ..., step_ms: _Optional[_Iterable[float]] = ..., padded: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GetStepTimesRequest(_message.Message):
+    __slots__ = ("fingerprint",)
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: str
+    def __init__(self, fingerprint: _Optional[str] = ...) -> None: ...
+
+class GetStepTimesResponse(_message.Message):
+    __slots__ = ("table",)
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    table: StepTimeTable
+    def __init__(self, table: _Optional[_Union[StepTimeTable, _Mapping]] = ...) -> None: ...
+
+class PutStepTimesRequest(_message.Message):
+    __slots__ = ("table",)
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    table: StepTimeTable
+    def __init__(self, table: _Optional[_Union[StepTimeTable, _Mapping]] = ...) -> None: ...
+
+class PutStepTimesResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

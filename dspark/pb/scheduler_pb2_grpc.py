@@ -55,6 +55,16 @@ class SchedulerStub(object):
                 request_serializer=dspark_dot_pb_dot_scheduler__pb2.DescribeClusterRequest.SerializeToString,
                 response_deserializer=dspark_dot_pb_dot_scheduler__pb2.DescribeClusterResponse.FromString,
                 _registered_method=True)
+        self.GetStepTimes = channel.unary_unary(
+                '/dspark.v1.Scheduler/GetStepTimes',
+                request_serializer=dspark_dot_pb_dot_scheduler__pb2.GetStepTimesRequest.SerializeToString,
+                response_deserializer=dspark_dot_pb_dot_scheduler__pb2.GetStepTimesResponse.FromString,
+                _registered_method=True)
+        self.PutStepTimes = channel.unary_unary(
+                '/dspark.v1.Scheduler/PutStepTimes',
+                request_serializer=dspark_dot_pb_dot_scheduler__pb2.PutStepTimesRequest.SerializeToString,
+                response_deserializer=dspark_dot_pb_dot_scheduler__pb2.PutStepTimesResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServicer(object):
@@ -91,6 +101,21 @@ class SchedulerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStepTimes(self, request, context):
+        """The step times that a verifier of the same kind measured. NOT_FOUND: none did, so measure them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutStepTimes(self, request, context):
+        """Keeps measured step times for verifiers that start later, replacing older ones.
+        RESOURCE_EXHAUSTED: those of many other kinds are kept already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +138,16 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.DescribeCluster,
                     request_deserializer=dspark_dot_pb_dot_scheduler__pb2.DescribeClusterRequest.FromString,
                     response_serializer=dspark_dot_pb_dot_scheduler__pb2.DescribeClusterResponse.SerializeToString,
+            ),
+            'GetStepTimes': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStepTimes,
+                    request_deserializer=dspark_dot_pb_dot_scheduler__pb2.GetStepTimesRequest.FromString,
+                    response_serializer=dspark_dot_pb_dot_scheduler__pb2.GetStepTimesResponse.SerializeToString,
+            ),
+            'PutStepTimes': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutStepTimes,
+                    request_deserializer=dspark_dot_pb_dot_scheduler__pb2.PutStepTimesRequest.FromString,
+                    response_serializer=dspark_dot_pb_dot_scheduler__pb2.PutStepTimesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +259,60 @@ class Scheduler(object):
             '/dspark.v1.Scheduler/DescribeCluster',
             dspark_dot_pb_dot_scheduler__pb2.DescribeClusterRequest.SerializeToString,
             dspark_dot_pb_dot_scheduler__pb2.DescribeClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStepTimes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspark.v1.Scheduler/GetStepTimes',
+            dspark_dot_pb_dot_scheduler__pb2.GetStepTimesRequest.SerializeToString,
+            dspark_dot_pb_dot_scheduler__pb2.GetStepTimesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutStepTimes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspark.v1.Scheduler/PutStepTimes',
+            dspark_dot_pb_dot_scheduler__pb2.PutStepTimesRequest.SerializeToString,
+            dspark_dot_pb_dot_scheduler__pb2.PutStepTimesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -19,6 +19,7 @@ from dspark.scheduling.cluster import Cluster, Load, Member, Replica, Role
 from dspark.services.scheduler.calibrations import Calibrations, Follower
 from dspark.services.scheduler.load_report import load_to_pb
 from dspark.services.scheduler.plans import RENEW_AFTER_S, plan_for
+from dspark.services.scheduler.step_times import StepTimes
 from dspark.store import Store
 from dspark.wire.bounds import MAX_ID_CHARS
 from dspark.wire.plans import plan_to_pb
@@ -52,6 +53,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         self._kubernetes = kubernetes
         self._reports: dict[str, pb.StepReport] = {}
         self._calibrations = Calibrations(cluster, store)
+        self._step_times = StepTimes(store)
         self._epoch = 0
         self._store_down = False
 
@@ -132,6 +134,28 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             calibrations=self._calibrations.statuses(),
             kubernetes=None if self._kubernetes is None else load_to_pb(self._kubernetes),
         )
+
+    async def GetStepTimes(  # noqa: N802
+        self, request: pb.GetStepTimesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetStepTimesResponse:
+        """What a verifier of the same kind measured."""
+        try:
+            table = await self._step_times.get(request.fingerprint)
+        except DSparkError as error:
+            await abort(context, error)
+        if table is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no step times of that fingerprint")
+        return pb.GetStepTimesResponse(table=table)
+
+    async def PutStepTimes(  # noqa: N802
+        self, request: pb.PutStepTimesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.PutStepTimesResponse:
+        """Keep what a verifier measured."""
+        try:
+            await self._step_times.put(request.table)
+        except DSparkError as error:
+            await abort(context, error)
+        return pb.PutStepTimesResponse()
 
     def _take(self, report: pb.StepReport) -> None:
         last = self._reports.get(report.incarnation)

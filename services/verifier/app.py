@@ -22,6 +22,7 @@ from dspark.pb import scheduler_pb2, verifier_pb2, verifier_pb2_grpc
 from dspark.rpc.draft_link import RemoteDraftLink
 from dspark.rpc.lease import LeaseKeeper
 from dspark.rpc.server import ReplicaServer, check_serving
+from dspark.rpc.step_times import SharedStepTimes
 from dspark.scheduling.autoscaling.options import verifier_options
 from dspark.scheduling.autoscaling.signals import to_stats
 from dspark.services.verifier.coordination import Coordinator
@@ -52,7 +53,10 @@ class VerifierReplica:
         loaded = await compute_apart(load_target, model)
         self._servicer = VerifierServicer(model.target, asyncio.get_running_loop())
         self._link = await self._make_link(loaded)
-        engine = await compute_apart(make_verifier, loaded, config.engine, self._link)
+        shared = SharedStepTimes(lambda: scheduler.grpc_address.remote())
+        engine = await compute_apart(
+            make_verifier, loaded, config.engine, self._link, shared=shared
+        )
         host = ray.util.get_node_ip_address()
         self._server = ReplicaServer()
         verifier_pb2_grpc.add_VerifierServicer_to_server(self._servicer, self._server.server)

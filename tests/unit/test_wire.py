@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dspark.errors import InvalidRequestError, ProtocolError
 from dspark.pb import draft_pb2, scheduler_pb2
 from dspark.scheduling.calibration import CalibrationTable
+from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import (
     MAX_SEED,
     BlockOutcomes,
@@ -29,7 +30,7 @@ from dspark.types import (
     VerificationPolicy,
     VerifyMode,
 )
-from dspark.wire import bounds, drafts, plans, requests
+from dspark.wire import bounds, drafts, plans, requests, step_times
 
 WIDTH, VOCAB = 6, 100
 float32 = st.floats(0.0, 100.0, width=32)
@@ -288,3 +289,35 @@ def test_outcomes_outside_the_contract_are_refused(
     spoil(message)
     with pytest.raises(ProtocolError, match=match):
         plans.outcomes_from_pb(message)
+
+
+STEP_TIMES = StepTimeTable(
+    (1, 4), (1, 2, 6), (64,), (((1.0, 2.0, 3.0), (1.5, 2.5, 1 / 3 + 3.0)),), (4, 8), "f"
+)
+
+
+def test_step_times_round_trip() -> None:
+    assert step_times.step_times_from_pb(step_times.step_times_to_pb(STEP_TIMES)) == STEP_TIMES
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda m: m.step_ms.pop(), "as many times"),
+        (lambda m: m.rows.append(9), "as many times"),
+        (lambda m: m.contexts.pop(), "as many times"),
+        (lambda m: m.contexts.extend(range(65, 65 + 2**16)), "as many times"),
+        (lambda m: m.requests.reverse(), "rising"),
+        (lambda m: m.padded.append(1 << 31), "rising"),
+        (lambda m: m.step_ms.reverse(), "never fall"),
+        (lambda m: m.step_ms.__setitem__(5, float("inf")), "step times"),
+        (lambda m: m.Clear(), "rising"),
+    ],
+)
+def test_step_times_outside_the_contract_are_refused(
+    spoil: Callable[[Any], None], match: str
+) -> None:
+    message = step_times.step_times_to_pb(STEP_TIMES)
+    spoil(message)
+    with pytest.raises(ProtocolError, match=match):
+        step_times.step_times_from_pb(message)
