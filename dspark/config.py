@@ -61,6 +61,9 @@ class EngineConfig:
     prefix_cache: bool = True  # prompts that begin alike share pages
     check_pages: bool = False  # audit page ownership after every step; an error ends the engine
     policy: str = "adaptive"  # adaptive | fixed | off
+    # How sampled requests' draft tokens are admitted: by Algorithm 1 in each step (synchronous), or
+    # as many as earlier steps say (asynchronous). auto: the latter where step times have dents.
+    planner: str = "auto"
     block_size: int = 0  # draft tokens a round; 0: the drafter's own
     prompt_lookup: bool = True  # draft from requests' own text while no drafter can be asked
 
@@ -70,6 +73,10 @@ class EngineConfig:
             raise ConfigError(f"prefill_stretch must be at least 1; got {self.prefill_stretch}")
         if self.policy not in ("adaptive", "fixed", "off"):
             raise ConfigError(f"policy must be adaptive, fixed or off; got {self.policy!r}")
+        if self.planner not in ("auto", "synchronous", "asynchronous"):
+            raise ConfigError(
+                f"planner must be auto, synchronous or asynchronous; got {self.planner!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

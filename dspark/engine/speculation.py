@@ -27,10 +27,11 @@ from dspark.scheduling.draft_gate import DraftGate
 from dspark.scheduling.planner import Search, plan_lengths
 from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
-from dspark.scheduling.survival import survival
+from dspark.scheduling.survival import survival, survival_table
 from dspark.types import StepPlan, VerificationPolicy, VerificationResult, VerifyMode
 
 _SPLIT_GAIN = 0.95  # a round is halved for no less than this
+_NO_BLOCK = np.zeros(0, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,16 @@ class Speculation:
             self._plan_until = math.inf
         return self._plan
 
+    @property
+    def _asynchronous(self) -> bool:
+        """Whether earlier steps say how much a step verifies, where it may not search for itself.
+
+        Algorithm 1 stops at the first dent of Θ, and padded shapes are full of them (paper §5.2).
+        """
+        if self._config.planner == "auto":
+            return self.table is not None and bool(self.table.padded)
+        return self._config.planner == "asynchronous"
+
     # -- before a step ------------------------------------------------------------------------
 
     def receive(self, running: dict[str, Sequence]) -> float:
@@ -162,30 +173,31 @@ class Speculation:
         times, gate = self._times, self._gate
         if plan.policy is VerificationPolicy.FIXED or times is None or gate is None:
             return sizes
-        # Looked up blocks come with measured chances, and the gate has seen them already.
-        temperatures = () if self._looks_up else self.calibration.temperatures
-        survivals = [
-            np.zeros(0, dtype=np.float32)
-            if block is None
-            else survival(block.confidences, temperatures)
-            for block in blocks
-        ]
+        size = self._asked or self.block_size
+        search, ceiling = _search(decoding), plan.max_draft_tokens or None
+        if search == "causal":
+            # By earlier rounds, so before those at hand are recorded.
+            capacity = gate.capacity(len(decoding), size, prefill)
+            if capacity is not None and (capacity >= sum(sizes) or self._asynchronous):
+                search, ceiling = "ranked", min(capacity, ceiling or capacity)
+        survivals = survival_table(
+            [_NO_BLOCK if block is None else block.confidences for block in blocks],
+            # Looked up blocks come with measured chances, and the gate has seen them already.
+            () if self._looks_up else self.calibration.temperatures,
+        )
         if not self._looks_up:
-            gate.record([block for block in survivals if len(block)])
+            gate.record([row[:n] for row, n in zip(survivals, sizes, strict=True) if n])
         # Waiting is over when a step is planned; but a round that waited is worth more tokens.
         alone = len(decoding) == running
-        size = self._asked or self.block_size
-        lengths = plan_lengths(
+        found = plan_lengths(
             survivals,
             lambda tokens: times.round_ms(len(decoding), tokens, size, waits=alone),
             extra_tokens=prefill,
-            max_draft_tokens=plan.max_draft_tokens,
-            search=_search(decoding),
+            ceiling=ceiling,
+            search=search,
         )
-        self._promised = sum(
-            float(block[:n].sum()) for block, n in zip(survivals, lengths, strict=True)
-        )
-        return lengths
+        self._promised = found.expected - len(decoding)
+        return found.lengths
 
     def _patience(self, running: dict[str, Sequence], under_way: list[Sequence]) -> float:
         """Seconds to wait for blocks before stepping without those who wait for them.

@@ -27,7 +27,7 @@ import numpy as np
 
 from dspark.scheduling.planner import Search, best_count
 from dspark.scheduling.round_times import RoundTimes, load_of
-from dspark.types import FloatArray
+from dspark.types import DoubleArray, FloatArray
 
 _BLOCKS = 128  # remembered
 _EVERY = 32  # rounds between estimates
@@ -42,6 +42,7 @@ _PROBE_SHARE = 0.004  # of the time, spent on probing in the long run
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 2048  # rounds
 _PAUSE_GROWTH = 4  # a start is over after few probes, and what loses then mostly goes on losing
 _LEAST_GAIN = 1.0
+_LEAST_TRIMMING = 1.005  # over verifying whole blocks
 _CLOSE_BELOW = 0.995  # hysteresis: an open gate is closed by less than this
 _BETTER = 1.005  # another length replaces the one in use if it brings this much more
 _USUAL_WEIGHT = 0.05  # of the latest round
@@ -77,6 +78,8 @@ class DraftGate:
         self._requests = 0  # of the last estimate
         self._rounds = 0  # since the start
         self._age = 0  # rounds since the last estimate
+        self._capacity = 0  # that was found last
+        self._capacity_of, self._capacity_at = (0, 0, 0), 0  # for what, and in which round
         self._since_none = 0  # rounds since some were run without drafts to learn
         self._closed: defaultdict[int, _Closed] = defaultdict(_Closed)  # by load
         self.width: int | None = None  # requests that the next blocks are for; None: all
@@ -215,20 +218,48 @@ class DraftGate:
         Draft tokens are admitted by survival, as Algorithm 1 does, from all remembered blocks as
         one: that is what many requests do on the average.
         """
-        if self._latest:
-            self._take_in()
-        blocks = self._blocks[:, :size]
-        survivals = np.sort(blocks, axis=None)[::-1].astype(np.float64)
-        tokens = requests * (1.0 + np.arange(len(survivals) + 1) / len(blocks))
-        took_ms = self._times.round_ms(requests, tokens, size)
-        accepted = np.concatenate([[0.0], np.cumsum(survivals)]) / len(blocks)
-        committed = requests * (1.0 + accepted * (self._accepted / self._promised))
+        tokens, committed, took_ms = self._rounds_of(requests, size)
         best = best_count(committed / took_ms, search)
         least_ms = float(took_ms[best])
         if latency_ms:
             halved = self._times.overlapped_ms(requests, float(tokens[best]), size, latency_ms)
             least_ms = min(least_ms, halved)
         return float(committed[best]) / least_ms / (requests / self._times.plain_ms(requests))
+
+    def capacity(self, requests: int, size: int, extra_tokens: int = 0) -> int | None:
+        """Draft tokens worth verifying beside `extra_tokens`; None: nothing is known yet.
+
+        From blocks of earlier rounds alone, whatever dents Θ has: ask before `record` is given
+        those at hand. All that there are, unless trimming gains more than times may be wrong by.
+        """
+        if not self._known:
+            return None
+        asked = (requests, size, extra_tokens)
+        if asked != self._capacity_of or self._rounds - self._capacity_at >= _EVERY:
+            self._capacity_of, self._capacity_at = asked, self._rounds
+            _, committed, took_ms = self._rounds_of(requests, size, extra_tokens)
+            throughput = committed / took_ms
+            best = best_count(throughput, "global")
+            trims = throughput[best] > _LEAST_TRIMMING * throughput[-1]
+            share = best / len(self._blocks) if trims else size
+            self._capacity = round(share * requests)
+        return self._capacity
+
+    def _rounds_of(
+        self, requests: int, size: int, extra_tokens: int = 0
+    ) -> tuple[DoubleArray, DoubleArray, DoubleArray]:
+        """Target tokens, tokens committed and ms of rounds, by draft tokens that are admitted.
+
+        As many for each request as one of the remembered blocks is to all of them.
+        """
+        if self._latest:
+            self._take_in()
+        blocks = self._blocks[:, :size]
+        survivals = np.sort(blocks, axis=None)[::-1].astype(np.float64)
+        tokens = requests * (1.0 + np.arange(len(survivals) + 1) / len(blocks)) + extra_tokens
+        accepted = np.concatenate([[0.0], np.cumsum(survivals)]) / len(blocks)
+        committed = requests * (1.0 + accepted * (self._accepted / self._promised))
+        return tokens, committed, self._times.round_ms(requests, tokens, size)
 
 
 def _sizes(most: int) -> list[int]:

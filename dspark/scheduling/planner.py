@@ -1,70 +1,140 @@
-"""Algorithm 1 (paper §3.2): how many drafted tokens of each request to verify.
+"""How many drafted tokens of each request to verify (paper §3.2, Algorithm 1, and §5.2).
 
-Over all requests of the step, admit draft tokens in descending survival while the expected
-throughput Θ(B) = τ(B) · SPS(B) rises: τ starts at one token a request (the bonus), each admitted
-token adds its survival to τ and one token to B.
+Draft tokens are admitted by falling survival, times the weight of their request where requests are
+not alike. What is sought is the number B of target tokens at which the expected throughput
+Θ(B) = τ(B) · SPS(B) is largest: τ starts at one token a request (the bonus), each admitted token
+adds its survival to τ and one token to B.
 
-The stop at the first token that does not raise Θ is what keeps `rejection` mode lossless. Whether
-draft token k is admitted must not depend on its own value. Confidence c_k is computed before x_k is
-drawn, but c_{k+1} is not: a search that looks past k for a better optimum lets x_k decide whether
-it is itself verified (Appendix A: 0.85 where the target says 0.70). `search="global"` is that
-search; it is allowed where the emitted token does not depend on the plan: greedy, and in `coupled`
-mode.
+Whether draft token k is admitted must not depend on its own value. Confidence c_k is computed
+before x_k is drawn, but c_{k+1} is not: a search that looks past k for a better optimum lets x_k
+decide whether it is itself verified (Appendix A: 0.85 where the target says 0.70). So there are
+three searches:
+
+- `causal`, Algorithm 1: stop at the first token that does not raise Θ;
+- `ranked`: admit as many as an earlier step's blocks said (`capacity`), whatever Θ is. Survivals at
+  hand only say which. It needs no Θ without dents, which padded shapes do not give;
+- `global`: the best of all. Only where the emitted token does not depend on what is verified:
+  greedy, and in `coupled` mode.
+
+A request may have a floor: tokens that it should commit in this step. The prefix that is expected
+to bring them is reserved before anything else is admitted. Position k is reserved if the positions
+before it fall short, which is known before x_k is drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from dspark.scheduling.survival import ABSENT
 from dspark.types import DoubleArray, FloatArray, IntArray
 
-Search = Literal["causal", "global"]
+Search = Literal["causal", "ranked", "global"]
+StepMs = Callable[[DoubleArray], DoubleArray]  # T(B): rounds with so many target tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to verify, and what should come of it."""
+
+    lengths: list[int]  # ℓ_r
+    expected: float  # tokens that the step should commit, bonus tokens included
+    round_ms: float  # that it should take
+
+    @property
+    def throughput(self) -> float:
+        """Θ: expected tokens a second."""
+        return 1e3 * self.expected / self.round_ms
 
 
 def plan_lengths(
-    survivals: Sequence[FloatArray],  # one [γ_r] a request, never increasing
-    step_ms: Callable[[DoubleArray], DoubleArray],  # T(B): rounds with so many target tokens
+    survivals: FloatArray,  # [R, γ], never increasing along a row; ABSENT past a block's end
+    step_ms: StepMs,
     *,
     extra_tokens: int = 0,  # other target tokens in the same step, such as prefill
-    max_draft_tokens: int = 0,  # ceiling known from an earlier step; 0: none
+    ceiling: int | None = None,  # on draft tokens, known from an earlier step
     search: Search = "causal",
-) -> list[int]:
-    """ℓ_r for each request."""
-    if not survivals:
-        return []
-    requests, values = _descending(survivals)
-    if max_draft_tokens:
-        requests, values = requests[:max_draft_tokens], values[:max_draft_tokens]
-    counts = np.arange(len(values) + 1, dtype=np.float64)
-    expected = len(survivals) + np.concatenate([[0.0], np.cumsum(values)])
-    tokens = len(survivals) + extra_tokens + counts
-    admitted = best_count(expected / step_ms(tokens), search)
-    lengths: list[int] = np.bincount(requests[:admitted], minlength=len(survivals)).tolist()
-    return lengths
+    weights: DoubleArray | None = None,  # [R] of a token of each request; None: all alike
+    reserved: IntArray | None = None,  # [R] tokens that are admitted first; together ≤ ceiling
+) -> Plan:
+    """ℓ_r for each request. Equal inputs give equal plans; ties go by position, then request."""
+    requests, width = survivals.shape
+    keys = survivals if weights is None else survivals * weights[:, None].astype(np.float32)
+    worth = float(requests if weights is None else weights.sum())
+    first = np.zeros(requests, dtype=np.int64) if reserved is None else reserved
+    held = int(first.sum())
+    if held:
+        is_held = np.arange(width) < first[:, None]
+        worth += float(keys[is_held].sum(dtype=np.float64))
+        keys = np.where(is_held, ABSENT, keys)
+    values = _falling(keys)
+    if ceiling is not None:
+        values = values[: max(0, ceiling - held)]
+    base = requests + extra_tokens + held
+    if search == "ranked":
+        admitted = len(values)
+        times = step_ms(np.array([base + admitted], dtype=np.float64))
+    else:
+        times = step_ms(base + np.arange(len(values) + 1, dtype=np.float64))
+        worths = np.empty(len(values) + 1)
+        worths[0] = worth
+        np.cumsum(values, out=worths[1:], dtype=np.float64)
+        worths[1:] += worth
+        admitted = best_count(worths / times, search)
+        times = times[admitted : admitted + 1]
+    lengths = first + _best(keys, values, admitted)
+    chosen = np.arange(width) < lengths[:, None]
+    expected = requests + float(survivals.sum(where=chosen, dtype=np.float64))
+    return Plan(lengths.tolist(), expected, float(times[0]))
+
+
+def reserve(
+    survivals: FloatArray,  # [R, γ], as above
+    wanted: DoubleArray,  # [R] accepted draft tokens that a floor asks for; 0: it has none
+    rank: DoubleArray,  # [R] whose floor goes first when there is too little: larger before smaller
+    ceiling: int | None = None,
+) -> tuple[IntArray, DoubleArray]:
+    """Prefixes [R] that should bring `wanted`, and the part of it [R] that they do bring."""
+    present = np.maximum(survivals, 0.0)
+    so_far = np.cumsum(present, axis=1, dtype=np.float64)
+    needed = (survivals > ABSENT) & (so_far - present < wanted[:, None])
+    lengths = needed.sum(axis=1)
+    if ceiling is not None and lengths.sum() > ceiling:
+        order = np.lexsort((np.arange(len(rank)), -rank))
+        before = np.cumsum(lengths[order]) - lengths[order]
+        lengths[order] = np.clip(ceiling - before, 0, lengths[order])
+    brought = np.take_along_axis(np.pad(so_far, ((0, 0), (1, 0))), lengths[:, None], axis=1)[:, 0]
+    return lengths, np.minimum(brought, wanted)
 
 
 def best_count(
     throughput: DoubleArray,  # Θ with 0, 1, … draft tokens admitted
     search: Search,
 ) -> int:
-    """Where the search stops."""
+    """Where a search over Θ stops."""
     if search == "global":
         return int(np.argmax(throughput))
-    stops = np.flatnonzero(np.diff(throughput) <= 0.0)
-    return int(stops[0]) if len(stops) else len(throughput) - 1
+    stops = throughput[1:] <= throughput[:-1]
+    first = int(np.argmax(stops)) if len(stops) else 0
+    return first if len(stops) and stops[first] else len(throughput) - 1
 
 
-def _descending(survivals: Sequence[FloatArray]) -> tuple[IntArray, DoubleArray]:
-    """Whose each draft token is, and its survival, by falling survival."""
-    if len(survivals) == 1:  # sorted as it is
-        return np.zeros(len(survivals[0]), dtype=np.int64), survivals[0].astype(np.float64)
-    # Ties go by position, then request: a rule that no token's value enters.
-    sizes = [len(a) for a in survivals]
-    requests = np.repeat(np.arange(len(sizes)), sizes)
-    positions = np.concatenate([np.arange(size) for size in sizes])
-    values = np.concatenate(survivals).astype(np.float64)
-    order = np.lexsort((requests, positions, -values))
-    return requests[order], values[order]
+def _falling(keys: FloatArray) -> FloatArray:
+    """All of them but ABSENT ones, the largest first."""
+    values = np.sort(keys, axis=None)
+    return values[np.searchsorted(values, 0.0) :][::-1]
+
+
+def _best(keys: FloatArray, values: FloatArray, count: int) -> IntArray:
+    """How many of each row are among the `count` largest; `values` is all of them, falling."""
+    if not count:
+        return np.zeros(len(keys), dtype=np.int64)
+    least = values[count - 1]
+    lengths: IntArray = np.count_nonzero(keys > least, axis=1)
+    ties = count - int(lengths.sum())
+    _, rows = np.nonzero((keys == least).T)  # position by position, in each by request
+    lengths += np.bincount(rows[:ties], minlength=len(keys))
+    return lengths

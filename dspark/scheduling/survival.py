@@ -8,6 +8,7 @@ import numpy as np
 
 from dspark.types import DoubleArray, FloatArray
 
+ABSENT = np.float32(-1.0)  # in a table of survivals: the block has no token there
 _EPS = 1e-6
 
 
@@ -22,6 +23,19 @@ def survival(
         scale[: len(temperatures)] = temperatures[: len(scale)]
         calibrated = tempered(logits(calibrated), scale)
     return np.cumprod(calibrated, axis=-1).astype(np.float32)
+
+
+def survival_table(
+    blocks: Sequence[FloatArray],  # R confidences, [γ_r] each; none of a request without a block
+    temperatures: Sequence[float] = (),
+) -> FloatArray:  # [R, max γ_r]
+    """Survivals of many blocks at once, ABSENT past a block's end."""
+    sizes = np.fromiter(map(len, blocks), dtype=np.int64, count=len(blocks))
+    there = np.arange(sizes.max(initial=0)) < sizes[:, None]
+    confidences = np.ones(there.shape, dtype=np.float32)
+    if there.any():
+        confidences[there] = np.concatenate(blocks)
+    return np.where(there, survival(confidences, temperatures), ABSENT)
 
 
 def logits(confidences: DoubleArray) -> DoubleArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers.tables import flat_table
 from helpers.tiny import (
     ScriptedLink,
     Tally,
@@ -20,8 +21,8 @@ from dspark.types import Request, SamplingParams, StepPlan, VerificationPolicy
 TARGET = tiny_target()
 PROMPT = (3, 1, 4, 1, 5)
 # Rows cost nothing, or as much as steps of their own.
-FREE = StepTimeTable((1, 8), (1, 5), ((1e3, 1e3), (1e3, 1e3)))
-DEAR = StepTimeTable((1, 8), (1, 5), ((1e3, 1e6), (1e3, 1e6)))
+FREE = flat_table((1, 8), (1, 5), ((1e3, 1e3), (1e3, 1e3)))
+DEAR = flat_table((1, 8), (1, 5), ((1e3, 1e6), (1e3, 1e6)))
 
 
 def request(name: str = "a", *, speculate: bool = True, max_tokens: int = 200) -> Request:

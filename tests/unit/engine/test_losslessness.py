@@ -299,9 +299,16 @@ JAGGED = flat_table((1, 2), (1, 2, 3, 4), ((1.0, 1.2, 2.0, 2.05),) * 2)
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize(("search", "lossless"), [("causal", True), ("global", False)])
+@pytest.mark.parametrize(
+    ("planner", "search", "lossless"),
+    [
+        ("synchronous", "causal", True),
+        ("asynchronous", "causal", True),
+        ("synchronous", "global", False),
+    ],
+)
 def test_confidences_that_tell_of_tokens_do_no_harm(
-    search: Search, lossless: bool, monkeypatch: pytest.MonkeyPatch
+    planner: str, search: Search, lossless: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Appendix A through the whole engine."""
     monkeypatch.setattr(speculation, "_search", lambda _: search)
@@ -311,11 +318,14 @@ def test_confidences_that_tell_of_tokens_do_no_harm(
         tiny_drafter(target, block_size=3),
         link=TellingLink(),
         policy="adaptive",
+        planner=planner,
         max_requests=1,
         max_waiting=10_000,
     )
     # the machine's own times would close the gate, and leave nothing to be biased
     monkeypatch.setattr(RoundTimes, "record", lambda *_, **__: None)
+    if planner == "asynchronous":  # it goes by times that are known
+        monkeypatch.setattr(RoundTimes, "drafting_known", True)
     engine.table = JAGGED
     # a nearly even law, so that what is drafted mostly stands and its bias with it
     sampling = SamplingParams(temperature=3.0, max_tokens=5)

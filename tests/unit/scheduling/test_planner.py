@@ -1,6 +1,8 @@
-"""Algorithm 1: what it admits, and why it stops where it stops."""
+"""What the planner admits, and why it stops where it stops."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
@@ -10,61 +12,151 @@ from hypothesis import strategies as st
 
 from dspark.decoding.acceptance import Drafts
 from dspark.decoding.noise import Stream, draw_key, key_tensor, uniform
-from dspark.scheduling.planner import Search, plan_lengths
-from dspark.scheduling.survival import survival
+from dspark.scheduling.planner import Search, plan_lengths, reserve
+from dspark.scheduling.survival import ABSENT, survival, survival_table
+from dspark.types import DoubleArray, FloatArray
 from tests.helpers.verdicts import verify_rejection
 
-confidences = st.lists(st.lists(st.floats(0.0, 1.0, width=32), max_size=6), min_size=1, max_size=6)
+# Few values, so that ties are common.
+some_confidences = st.lists(
+    st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9, 1.0]) | st.floats(0.0, 1.0), max_size=6),
+    min_size=1,
+    max_size=6,
+)
+some_weights = st.lists(st.sampled_from([0.25, 1.0, 2.0]), min_size=6, max_size=6)
+searches: st.SearchStrategy[Search] = st.sampled_from(["causal", "ranked", "global"])
 
 
-def survivals(rows: list[list[float]]) -> list[np.ndarray]:
-    return [survival(np.array(row, dtype=np.float32)) for row in rows]
+def survivals(rows: list[list[float]]) -> FloatArray:
+    return survival_table([np.array(row, dtype=np.float32) for row in rows])
 
 
-@given(confidences, st.floats(0.0, 5.0), st.integers(0, 8))
-def test_it_admits_the_likeliest_tokens_up_to_the_ceiling(
-    rows: list[list[float]], slope: float, ceiling: int
+def linear(slope: float, start: float = 10.0) -> object:
+    return lambda tokens: start + slope * tokens
+
+
+def sizes_of(a: FloatArray) -> list[int]:
+    return [int(n) for n in (a > ABSENT).sum(axis=1)]
+
+
+def worth_of(a: FloatArray, lengths: list[int] | tuple[int, ...], weights: DoubleArray) -> float:
+    kept = np.arange(a.shape[1]) < np.array(lengths)[:, None]
+    return float((weights * (1.0 + np.where(kept, a, 0.0).sum(axis=1))).sum())
+
+
+def test_a_table_of_survivals_is_each_block_by_itself() -> None:
+    blocks = [np.array(x, dtype=np.float32) for x in ([0.9, 0.5], [], [0.3])]
+    table = survival_table(blocks, (2.0, 0.5))
+    for row, block in zip(table, blocks, strict=True):
+        assert row[: len(block)] == pytest.approx(survival(block, (2.0, 0.5)))
+        assert (row[len(block) :] == ABSENT).all()
+    assert survival_table([np.zeros(0, dtype=np.float32)]).shape == (1, 0)
+
+
+@given(some_confidences, some_weights, st.floats(0.0, 5.0), st.none() | st.integers(0, 8), searches)
+def test_it_admits_what_is_worth_most_up_to_the_ceiling(
+    rows: list[list[float]],
+    of_requests: list[float],
+    slope: float,
+    ceiling: int | None,
+    search: Search,
 ) -> None:
-    a = survivals(rows)
-    lengths = plan_lengths(a, lambda tokens: 10.0 + slope * tokens, max_draft_tokens=ceiling)
-    assert all(0 <= n <= len(row) for n, row in zip(lengths, a, strict=True))
-    if ceiling:
-        assert sum(lengths) <= ceiling
-    admitted = [x for n, row in zip(lengths, a, strict=True) for x in row[:n]]
-    refused = [x for n, row in zip(lengths, a, strict=True) for x in row[n:]]
+    a, weights = survivals(rows), np.array(of_requests[: len(rows)])
+    found = plan_lengths(a, linear(slope), ceiling=ceiling, search=search, weights=weights)
+    sizes = sizes_of(a)
+    assert all(0 <= n <= size for n, size in zip(found.lengths, sizes, strict=True))
+    if ceiling is not None:
+        assert sum(found.lengths) <= ceiling
+    if search == "ranked":
+        assert sum(found.lengths) == min(sum(sizes), sum(sizes) if ceiling is None else ceiling)
+    admitted = [w * x for n, w, row in zip(found.lengths, weights, a, strict=True) for x in row[:n]]
+    refused = [
+        w * x
+        for n, size, w, row in zip(found.lengths, sizes, weights, a, strict=True)
+        for x in row[n:size]
+    ]
     if admitted and refused:
         assert min(admitted) >= max(refused)
+    assert found.expected == pytest.approx(worth_of(a, found.lengths, np.ones(len(rows))), rel=1e-5)
+    assert found.round_ms == pytest.approx(10.0 + slope * (len(rows) + sum(found.lengths)))
 
 
-@given(confidences, st.floats(0.0, 5.0))
+@given(some_confidences, some_weights, st.floats(0.0, 5.0), st.none() | st.integers(0, 8), searches)
+def test_equal_inputs_give_equal_plans(
+    rows: list[list[float]],
+    of_requests: list[float],
+    slope: float,
+    ceiling: int | None,
+    search: Search,
+) -> None:
+    a, weights = survivals(rows), np.array(of_requests[: len(rows)])
+    plans = [
+        plan_lengths(
+            a.copy(), linear(slope), ceiling=ceiling, search=search, weights=weights.copy()
+        )
+        for _ in range(2)
+    ]
+    assert plans[0] == plans[1]
+
+
+@given(some_confidences, st.floats(0.0, 5.0))
 def test_what_it_admits_never_lowers_expected_throughput(
     rows: list[list[float]], slope: float
 ) -> None:
     a = survivals(rows)
-    lengths = plan_lengths(a, lambda tokens: 10.0 + slope * tokens)
-    expected = len(a) + sum(float(row[:n].sum()) for n, row in zip(lengths, a, strict=True))
-    tokens = len(a) + sum(lengths)
-    assert expected / (10.0 + slope * tokens) >= len(a) / (10.0 + slope * len(a)) - 1e-9
+    found = plan_lengths(a, linear(slope))
+    nothing = plan_lengths(a, linear(slope), ceiling=0)
+    assert nothing.lengths == [0] * len(rows)
+    assert found.throughput >= nothing.throughput - 1e-6
 
 
-def flat(tokens: np.ndarray) -> np.ndarray:
+@given(some_confidences, st.integers(0, 12), st.integers(0, 5), st.floats(1.0, 4.0))
+def test_what_is_likelier_is_never_ranked_lower(
+    rows: list[list[float]], ceiling: int, which: int, by: float
+) -> None:
+    """With a given capacity. Algorithm 1's own bar rises with Θ, and so with any survival."""
+    a = survivals(rows)
+    which %= len(rows)
+    likelier = a.copy()
+    row = likelier[which]
+    row[row > ABSENT] = np.minimum(row[row > ABSENT] * np.float32(by), 1.0)
+    before = plan_lengths(a, linear(1.0), ceiling=ceiling, search="ranked")
+    after = plan_lengths(likelier, linear(1.0), ceiling=ceiling, search="ranked")
+    assert after.lengths[which] >= before.lengths[which]
+
+
+def flat(tokens: DoubleArray) -> DoubleArray:
     return np.full(len(tokens), 10.0)
 
 
 def test_free_tokens_are_all_admitted_and_dear_ones_are_not() -> None:
     a = survivals([[0.9, 0.5], [0.3]])
-    assert plan_lengths(a, flat) == [2, 1]
-    assert plan_lengths(a, lambda tokens: 10.0 * tokens) == [0, 0]
-    assert plan_lengths([], flat) == []
+    assert plan_lengths(a, flat).lengths == [2, 1]
+    assert plan_lengths(a, linear(10.0, 0.0)).lengths == [0, 0]
+    assert plan_lengths(survivals([[], []]), flat).lengths == [0, 0]
+
+
+def test_ties_go_by_position_then_by_request() -> None:
+    a = survivals([[0.5, 1.0], [0.5, 1.0], [0.5, 1.0]])
+    by_count = [plan_lengths(a, flat, ceiling=n, search="ranked").lengths for n in range(7)]
+    assert by_count == [
+        [0, 0, 0],
+        [1, 0, 0],
+        [1, 1, 0],
+        [1, 1, 1],
+        [2, 1, 1],
+        [2, 2, 1],
+        [2, 2, 2],
+    ]
 
 
 def test_prompt_tokens_in_the_step_are_paid_for() -> None:
-    def knee(tokens: np.ndarray) -> np.ndarray:
+    def knee(tokens: DoubleArray) -> DoubleArray:
         return np.where(tokens <= 8, 10.0, 10.0 * tokens)
 
     a = survivals([[0.9, 0.9, 0.9]])
-    assert plan_lengths(a, knee) == [3]
-    assert plan_lengths(a, knee, extra_tokens=6) == [1]
+    assert plan_lengths(a, knee).lengths == [3]
+    assert plan_lengths(a, knee, extra_tokens=6).lengths == [1]
 
 
 def test_calibration_flattens_survival() -> None:
@@ -73,21 +165,80 @@ def test_calibration_flattens_survival() -> None:
     assert survival(raw, (2.0,))[0] == pytest.approx(0.75, abs=1e-6)
 
 
+@given(
+    some_confidences,
+    st.lists(st.floats(0.0, 4.0), min_size=6, max_size=6),
+    some_weights,
+    st.none() | st.integers(0, 12),
+    st.floats(0.0, 5.0),
+    searches,
+)
+def test_floors_come_first(
+    rows: list[list[float]],
+    wanted: list[float],
+    of_requests: list[float],
+    ceiling: int | None,
+    slope: float,
+    search: Search,
+) -> None:
+    a, floors = survivals(rows), np.array(wanted[: len(rows)])
+    rank = np.array(of_requests[: len(rows)])
+    held, brought = reserve(a, floors, rank, ceiling)
+    found = plan_lengths(
+        a, linear(slope), ceiling=ceiling, search=search, weights=rank, reserved=held
+    )
+    assert (np.array(found.lengths) >= held).all()
+    total = sum(found.lengths)
+    assert ceiling is None or total <= ceiling
+    whole = worth_of(a, sizes_of(a), np.ones(len(rows))) - len(rows)
+    for row, size, n, floor, part in zip(a, sizes_of(a), held, floors, brought, strict=True):
+        got = float(row[:n].sum())
+        assert part == pytest.approx(min(got, floor), abs=1e-5)
+        if n:  # no longer than it must be
+            assert float(row[: n - 1].sum()) < floor
+        if ceiling is None and float(row[:size].sum()) > floor + 1e-5:
+            assert part == pytest.approx(floor, abs=1e-5)  # feasible, and so respected
+    assert brought.sum() <= whole + 1e-5
+
+
+def test_of_floors_that_cannot_all_be_met_the_higher_rank_goes_first() -> None:
+    a = survivals([[0.9, 0.9, 0.9], [0.9, 0.9, 0.9], [0.9, 0.9, 0.9]])
+    held, brought = reserve(a, np.array([2.0, 2.0, 2.0]), np.array([1.0, 3.0, 2.0]), ceiling=5)
+    assert held.tolist() == [0, 3, 2]
+    assert brought == pytest.approx([0.0, 2.0, 0.9 + 0.81])
+
+
+@given(some_confidences, st.lists(st.floats(0.0, 4.0), min_size=6, max_size=6), st.integers(0, 5))
+def test_whether_a_position_is_held_is_known_before_its_token(
+    rows: list[list[float]], wanted: list[float], at: int
+) -> None:
+    """What survivals after position `at` are decides nothing about `at` and what is before it."""
+    a = survivals(rows)
+    floors, rank = np.array(wanted[: len(rows)]), np.ones(len(rows))
+    other = a.copy()
+    later = np.arange(a.shape[1]) > at
+    other[:, later] = np.where(other[:, later] > ABSENT, 0.0, ABSENT)
+    for (one, _), (two, _) in [(reserve(a, floors, rank), reserve(other, floors, rank))]:
+        assert (np.minimum(one, at + 1) == np.minimum(two, at + 1)).all()
+
+
 @pytest.mark.statistical
-@pytest.mark.parametrize(("search", "expected"), [("causal", 0.70), ("global", 0.85)])
+@pytest.mark.parametrize(
+    ("search", "expected"), [("causal", 0.70), ("ranked", 0.70), ("global", 0.85)]
+)
 def test_appendix_a(search: Search, expected: float) -> None:
     """The paper's example, through our planner and our acceptance.
 
     γ = 2, SPS = (1, 0.5, 0.45), p_t = (0.7, 0.3), p_d = (0.5, 0.5), a_1 = 0.8, and the second
     confidence tells which token was drafted first. With 40,000 draws the estimate's standard error
-    is 0.0023, so ±0.01 is missed with probability 1e-5.
+    is 0.0023, so ±0.01 is missed with probability 1e-5. `ranked` has a capacity of 2.
     """
     step_ms = np.array([np.nan, 1 / 1.0, 1 / 0.5, 1 / 0.45])
 
     def verified(first: int) -> int:
-        a = survival(np.array([0.8, 1.0 if first == 0 else 0.0], dtype=np.float32))
-        (length,) = plan_lengths([a], lambda tokens: step_ms[tokens.astype(int)], search=search)
-        return min(length, 1)  # only the first token emitted is looked at
+        a = survivals([[0.8, 1.0 if first == 0 else 0.0]])
+        found = plan_lengths(a, lambda tokens: step_ms[tokens.astype(int)], search=search)
+        return min(found.lengths[0], 1)  # only the first token emitted is looked at
 
     def draws(stream: Stream) -> torch.Tensor:
         return uniform(key_tensor([draw_key(seed, stream, 0) for seed in range(40_000)]))
@@ -111,23 +262,41 @@ def test_appendix_a(search: Search, expected: float) -> None:
     assert emitted.count(0) / len(emitted) == pytest.approx(expected, abs=0.01)
 
 
-@given(confidences, st.lists(st.floats(0.0, 5.0), min_size=40, max_size=40))
-def test_a_global_search_finds_the_best_of_all_counts(
-    rows: list[list[float]], steps: list[float]
+@given(
+    st.lists(st.lists(st.floats(0.0, 1.0), max_size=3), min_size=1, max_size=3),
+    some_weights,
+    st.lists(st.floats(0.0, 5.0), min_size=12, max_size=12),
+)
+def test_a_global_search_finds_the_best_of_all_prefixes(
+    rows: list[list[float]], of_requests: list[float], steps: list[float]
 ) -> None:
-    a = survivals(rows)
+    a, weights = survivals(rows), np.array(of_requests[: len(rows)])
     times = 10.0 + np.cumsum(steps)  # as jagged as may be
 
-    def step_ms(tokens: np.ndarray) -> np.ndarray:
+    def step_ms(tokens: DoubleArray) -> DoubleArray:
         return times[tokens.astype(int) - 1]
 
-    def throughput(lengths: list[int]) -> float:
-        expected = len(a) + sum(float(row[:n].sum()) for n, row in zip(lengths, a, strict=True))
-        return expected / float(times[len(a) + sum(lengths) - 1])
+    def throughput(lengths: list[int] | tuple[int, ...]) -> float:
+        return worth_of(a, lengths, weights) / float(times[len(a) + sum(lengths) - 1])
 
-    found = throughput(plan_lengths(a, step_ms, search="global"))
-    assert found >= throughput(plan_lengths(a, step_ms, search="causal")) - 1e-9
-    most = sum(len(row) for row in a)
-    for ceiling in range(1, most + 1):
-        free = plan_lengths(a, lambda tokens: np.ones(len(tokens)), max_draft_tokens=ceiling)
-        assert found >= throughput(free) - 1e-6
+    found = plan_lengths(a, step_ms, search="global", weights=weights)
+    best = max(map(throughput, itertools.product(*(range(n + 1) for n in sizes_of(a)))))
+    assert throughput(found.lengths) == pytest.approx(best, rel=1e-5)
+
+
+@given(
+    st.lists(st.lists(st.floats(0.0, 1.0), max_size=3), min_size=1, max_size=3),
+    st.floats(0.1, 20.0),
+    st.lists(st.floats(0.0, 5.0), min_size=12, max_size=12),
+)
+def test_algorithm_1_finds_it_too_where_more_tokens_cost_ever_more(
+    rows: list[list[float]], start: float, steps: list[float]
+) -> None:
+    a = survivals(rows)
+    times = start + np.cumsum(np.sort(steps))  # convex, so that Θ has one top
+
+    def step_ms(tokens: DoubleArray) -> DoubleArray:
+        return times[tokens.astype(int) - 1]
+
+    found, best = (plan_lengths(a, step_ms, search=search) for search in ("causal", "global"))
+    assert found.throughput == pytest.approx(best.throughput, rel=1e-5)

@@ -1,0 +1,107 @@
+"""How much of what was drafted is verified, by which of the planner's searches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers.tables import flat_table
+from helpers.tiny import ScriptedLink, tiny_engine, tiny_target
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dspark.engine.sequence import Sequence
+from dspark.engine.speculation import Round, Speculation
+from dspark.scheduling.step_table import StepTimeTable
+from dspark.types import BlockProposal, Fence, Request, SamplingParams
+
+TARGET = tiny_target()
+GAMMA = 4
+# A third row a request costs as much as all before it, what follows is free; or every row is dear.
+DENTED = flat_table((1, 8), (1, 2, 3, 5), ((10.0, 10.5, 21.0, 21.5), (10.0, 10.5, 21.0, 21.5)))
+CHEAP = flat_table((1, 8), (1, 5), ((10.0, 10.1), (10.0, 10.1)))
+
+some_blocks = st.lists(
+    st.lists(st.floats(0.0, 1.0), min_size=GAMMA, max_size=GAMMA), min_size=2, max_size=4
+)
+
+
+def sequences(
+    confidences: list[list[float]], temperature: float = 1.0, tokens: int = 0
+) -> list[Sequence]:
+    """Requests with blocks that were drafted for them."""
+    made = []
+    for i, row in enumerate(confidences):
+        request = Request(str(i), (1, 2, 3), SamplingParams(temperature=temperature))
+        sequence = Sequence(request, frozenset())
+        sequence.proposal = BlockProposal(
+            Fence(str(i), 0, 0, 3),
+            np.full(len(row), tokens, dtype=np.int64),
+            np.array(row, dtype=np.float32),
+        )
+        made.append(sequence)
+    return made
+
+
+def experienced(
+    table: StepTimeTable, requests: int, usual: list[float], planner: str = "asynchronous"
+) -> Speculation:
+    """One that has seen rounds of so many requests, with blocks of `usual` confidences."""
+    link = ScriptedLink({}, TARGET.vocab_size)
+    engine = tiny_engine(TARGET, link=link, policy="adaptive", planner=planner, block_size=GAMMA)
+    engine.table = table
+    speculation = engine._speculation
+    for turn in range(60):
+        drafted = turn // 10 % 2 == 0
+        speculation._asked = GAMMA if drafted else 0
+        tokens = requests * (GAMMA + 1 if drafted else 1)
+        if drafted:
+            speculation.verification(sequences([usual] * requests), 0, requests)
+            speculation._promised = 0.0
+        took_ms = table.at(1).ms(requests, tokens)
+        speculation.learn(Round(requests, tokens, 0, took_ms, took_ms, 0.0), (), under_way=False)
+    speculation._asked = GAMMA
+    return speculation
+
+
+@given(some_blocks, some_blocks, st.integers(1, 50))
+def test_how_much_an_asynchronous_plan_verifies_hangs_on_no_token_at_hand(
+    one: list[list[float]], other: list[list[float]], token: int
+) -> None:
+    """K comes from earlier steps: other tokens, with other confidences, move none of it."""
+    requests = min(len(one), len(other))
+    counts = []
+    for blocks, tokens in ((one, 0), (other, token)):
+        speculation = experienced(DENTED, requests, [0.9, 0.6, 0.3, 0.1])
+        decoding = sequences(blocks[:requests], tokens=tokens)
+        counts.append(sum(speculation.verification(decoding, 0, requests)))
+    assert counts[0] == counts[1]
+    assert 0 < counts[0] < requests * GAMMA
+
+
+def test_survivals_at_hand_say_whose_tokens_they_are() -> None:
+    speculation = experienced(DENTED, 2, [0.9, 0.6, 0.3, 0.1])
+    decoding = sequences([[0.1, 0.1, 0.1, 0.1], [0.95, 0.95, 0.95, 0.95]])
+    assert speculation.verification(decoding, 0, 2) == [0, 2]
+
+
+def test_whole_blocks_are_verified_where_trimming_gains_nothing() -> None:
+    """Algorithm 1 would drop the unlikely ones; that is not worth a mistake about times."""
+    unlikely = [0.9, 0.6, 0.3, 0.001]
+    for planner in ("synchronous", "asynchronous"):
+        speculation = experienced(CHEAP, 2, [0.9, 0.8, 0.7, 0.6], planner)
+        assert speculation.verification(sequences([unlikely] * 2), 0, 2) == [GAMMA, GAMMA]
+
+
+@pytest.mark.parametrize("planner", ["synchronous", "asynchronous"])
+def test_greedy_requests_are_searched_for_whatever_the_planner(planner: str) -> None:
+    """Nothing can bias them, so each step takes the best there is."""
+    speculation = experienced(DENTED, 2, [0.9, 0.6, 0.3, 0.1], planner)
+    certain, hopeless = [1.0] * GAMMA, [0.0] * GAMMA
+    assert speculation.verification(sequences([certain] * 2, 0.0), 0, 2) == [GAMMA, GAMMA]
+    assert speculation.verification(sequences([hopeless] * 2, 0.0), 0, 2) == [0, 0]
+
+
+def test_padded_shapes_are_planned_for_asynchronously() -> None:
+    padded = StepTimeTable((1, 8), (1, 2), (1,), (((1.0, 2.0), (1.0, 2.0)),), padded=(1, 2, 4, 8))
+    assert experienced(padded, 2, [0.5] * GAMMA, "auto")._asynchronous
+    assert not experienced(DENTED, 2, [0.5] * GAMMA, "auto")._asynchronous
