@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 import yaml
 
-from dspark.errors import ConfigError
+from dspark.errors import ConfigError, InvalidRequestError
 
 T = TypeVar("T")
+
+MAX_CLASS_CHARS = 64
 
 
 def cache_folder() -> Path:
@@ -49,6 +51,23 @@ class ModelConfig:
             raise ConfigError(f"dtype must be float32, bfloat16 or float16; got {self.dtype!r}")
 
 
+DEFAULT_CLASS = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceClass:
+    """What requests of one kind may expect (docs/service-classes.md)."""
+
+    weight: float = 1.0  # of a token, beside those of other classes
+    min_tokens_per_s: float = 0.0  # for each user, once its first token is there; 0: no floor
+    max_first_token_s: float = 0.0  # from arrival to the first token; 0: no ceiling
+
+    def __post_init__(self) -> None:
+        _between(self, 1e-3, 1e3, "weight")
+        _between(self, 0.0, 1e6, "min_tokens_per_s")
+        _between(self, 0.0, 1e6, "max_first_token_s")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Bounds of a verifier engine."""
@@ -66,6 +85,11 @@ class EngineConfig:
     planner: str = "auto"
     block_size: int = 0  # draft tokens a round; 0: the drafter's own
     prompt_lookup: bool = True  # draft from requests' own text while no drafter can be asked
+    draft_by_request: bool = True  # adaptive: leave requests out whose blocks would not pay
+    # By name; requests that name none are of the class "default".
+    classes: Mapping[str, ServiceClass] = field(
+        default_factory=dict, metadata={"values": ServiceClass}
+    )
 
     def __post_init__(self) -> None:
         _positive(self, "max_requests", "max_waiting", "cache_tokens", "prefill_chunk_tokens")
@@ -77,6 +101,25 @@ class EngineConfig:
             raise ConfigError(
                 f"planner must be auto, synchronous or asynchronous; got {self.planner!r}"
             )
+        for name in self.classes:
+            if not isinstance(name, str) or not 0 < len(name) <= MAX_CLASS_CHARS:
+                raise ConfigError(
+                    f"a service class needs a name of 1 to {MAX_CLASS_CHARS} characters; got "
+                    f"{name!r}"
+                )
+
+    def service_class(self, name: str) -> ServiceClass:
+        """The class of a request that names it; InvalidRequestError if there is none."""
+        found = self.classes.get(name or DEFAULT_CLASS)
+        if found is not None:
+            return found
+        if name and name != DEFAULT_CLASS:
+            known = ", ".join(sorted({DEFAULT_CLASS, *self.classes}))
+            raise InvalidRequestError(
+                f"there is no service class {name[:MAX_CLASS_CHARS]!r} here; there is {known}",
+                param="service_class",
+            )
+        return ServiceClass()
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +281,20 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         is_group = isinstance(nested, type)
         if is_group and not isinstance(value, Mapping | nested):
             raise ConfigError(f"{key} must be a mapping of settings; got {value!r}")
-        made[key] = build(nested, value) if isinstance(value, Mapping) else value
+        if (each := known[key].metadata.get("values")) is not None:
+            made[key] = {name: _named(each, key, name, group) for name, group in value.items()}
+        else:
+            made[key] = build(nested, value) if isinstance(value, Mapping) else value
     return cls(**made)
+
+
+def _named(cls: type[T], key: str, name: str, group: object) -> T:
+    """One of the settings groups that `key` holds by name."""
+    if isinstance(group, cls):
+        return group
+    if not isinstance(group, Mapping):
+        raise ConfigError(f"{key}.{name} must be a mapping of settings; got {group!r}")
+    return build(cls, group)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

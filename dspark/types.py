@@ -95,6 +95,7 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     epoch: int = 0
+    service_class: str = ""  # empty: the default
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +198,17 @@ class BlockOutcomes:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassLoad:
+    """How requests of one service class fare on a verifier."""
+
+    name: str
+    requests: int  # running
+    floors: int  # of those, with a floor of tokens a second
+    floors_missed: int  # of those, below it
+    late_first_tokens: int  # behind their ceiling, since the start
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """What a verifier tells the scheduler after a step."""
 
@@ -216,3 +228,4 @@ class StepReport:
     calibration_epoch: int = 0  # of the table in use; 0: the checkpoint's, or none
     calibrations_refused: int = 0  # tables of another drafter that came, since the start
     outcomes: BlockOutcomes | None = None  # every so many steps
+    classes: tuple[ClassLoad, ...] = ()  # where there are service classes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable
+from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
@@ -110,9 +111,9 @@ class DraftExchange:
 
     def ask(
         self,
-        sequences: Collection[Sequence],  # that are to be drafted for
+        sequences: Seq[Sequence],  # whose features are to flow
         features: FeatureStore | None,  # None: the drafter reads token ids
-        block_size: int,  # 0: no blocks
+        sizes: Seq[int],  # draft tokens wanted for each; 0: no block
         *,
         rest: int = 0,  # rounds until blocks are wanted again
     ) -> bool:
@@ -120,20 +121,21 @@ class DraftExchange:
 
         Returns whether any block was asked for.
         """
-        if not block_size and not self._flows(sequences, rest):
+        most = max(sizes, default=0)
+        if not most and not self._flows(sequences, rest):
             return False
         pieces: list[tuple[Sequence, int, int, int]] = []  # whose features, start, end, block size
         room = _CATCH_UP_ROWS
-        for sequence in sequences:
+        for sequence, wanted in zip(sequences, sizes, strict=True):
             useful = sequence.remaining - 1  # tokens that a block can bring
             if sequence.finish_reason or not sequence.computed or useful <= 0:
                 continue
             start = max(sequence.sent_features, self._seen_from(sequence))
             # What one round brings always goes out, or those who lag would never catch up.
-            end = max(start, min(sequence.computed, start + max(room, block_size + 1)))
+            end = max(start, min(sequence.computed, start + max(room, most + 1)))
             complete = end == sequence.computed and sequence.decoding
-            size = min(block_size, useful) if complete else 0
-            if size or (end > start and block_size) or end - start >= _LUMP_ROWS:
+            size = min(wanted, useful) if complete else 0
+            if size or (end > start and wanted) or end - start >= _LUMP_ROWS:
                 room = max(0, room - (end - start))
                 pieces.append((sequence, start, end, size))
         if pieces:

@@ -7,6 +7,7 @@ when there is room, its draws being named by position and round and not by time.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -17,6 +18,8 @@ from dspark.engine.sequence import Sequence
 from dspark.errors import InvalidRequestError, OverloadedError
 from dspark.kernels.attention_plan import PAGE_SIZE, pages_for
 from dspark.types import FinishReason, Request
+
+_PATIENCE_S = 60.0  # without a ceiling a first token is due so late, and is not put off for ever
 
 
 class Roster:
@@ -40,7 +43,10 @@ class Roster:
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
 
     def add(self, request: Request, stop_token_ids: frozenset[int]) -> None:
-        """Queue a request; InvalidRequestError if it can never run, OverloadedError if full."""
+        """Queue a request.
+
+        InvalidRequestError if it can never run or its class is unknown, OverloadedError if full.
+        """
         total = len(request.prompt_token_ids) + request.sampling.max_tokens
         if not request.prompt_token_ids:
             raise InvalidRequestError(
@@ -66,7 +72,17 @@ class Roster:
             raise OverloadedError(
                 f"{len(self.waiting)} requests wait already, the most that is allowed; retry later"
             )
-        self.waiting.append(Sequence(request, stop_token_ids, waiting_since=time.monotonic()))
+        service, now = self._config.service_class(request.service_class), time.monotonic()
+        self.waiting.append(
+            Sequence(
+                request,
+                stop_token_ids,
+                service=service,
+                waiting_since=now,
+                arrived_at=now,
+                due_at=now + (service.max_first_token_s or _PATIENCE_S),
+            )
+        )
 
     def abort(self, request_id: str) -> None:
         """Drop a request and all it holds; an unknown one is nothing to do."""
@@ -86,9 +102,13 @@ class Roster:
         return time.monotonic() - min(s.waiting_since for s in waiting) if waiting else 0.0
 
     def admit(self) -> None:
-        """Start waiting requests in order while there is room for what they say already."""
+        """Start waiting requests while there is room for what they say already.
+
+        What has begun before comes first, then what is due first; nobody passes the one whose turn
+        it is, or large requests would never have room.
+        """
         while self.waiting and len(self.running) < self._config.max_requests:
-            sequence = self.waiting[0]
+            sequence = min(self.waiting, key=lambda s: s.due_at)
             # One page for each of the others to grow into, or the newcomer would soon be preempted.
             spare = len(self.running)
             if self.pages.free <= spare:
@@ -101,7 +121,7 @@ class Roster:
                 self.pages.release(sequence.give_up())
                 return
             sequence.hold(pages)
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             self.running[sequence.request.id] = sequence
             self.cached_tokens += sequence.computed
 
@@ -126,7 +146,7 @@ class Roster:
         """Take a running request's pages, and let it wait at the head of the queue."""
         del self.running[sequence.request.id]
         self.pages.release(sequence.give_up())
-        sequence.waiting_since = time.monotonic()
+        sequence.waiting_since, sequence.due_at = time.monotonic(), -math.inf
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from dspark.config import ServiceClass
 from dspark.engine.pages import PageKey, page_keys
 from dspark.engine.text_index import TextIndex
 from dspark.kernels.attention_plan import PAGE_SIZE, Pages
+from dspark.scheduling.draft_policy import Prospect
 from dspark.types import BlockProposal, Fence, FinishReason, IntArray, Request
+
+_SETTLED_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +33,13 @@ class Sequence:
     wanted_block: Fence | None = None  # a proposal is under way
     asked_at: float = 0.0  # when it was asked for, on the monotonic clock
     index: TextIndex | None = None  # once blocks have been looked up
-    waiting_since: float = 0.0  # while it waits, on the monotonic clock
+    prospect: Prospect = field(default_factory=Prospect)
+    service: ServiceClass = field(default_factory=ServiceClass)
+    # On the monotonic clock, seconds:
+    waiting_since: float = 0.0  # while it waits
+    arrived_at: float = 0.0
+    due_at: float = 0.0  # its first token; of what waits, what is due first begins first
+    first_token_at: float = 0.0  # 0: not yet
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +69,16 @@ class Sequence:
     def useful(self) -> int:
         """Draft tokens that a block can bring now: the last token is the target's own."""
         return self.remaining - 1 if self.decoding and self.finish_reason is None else 0
+
+    def tokens_per_s(self, now: float) -> float:
+        """How fast its answer has come so far, from its first token on; infinite in the beginning.
+
+        Over too short a time, a rate says more of when it is asked for than of the rate.
+        """
+        took_s = now - self.first_token_at
+        if not self.first_token_at or took_s < _SETTLED_S:
+            return math.inf
+        return (self.generated - 1) / took_s
 
     def hold(self, pages: list[int]) -> None:
         """Take pages for the positions after those held."""

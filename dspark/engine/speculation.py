@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 
 from dspark.config import EngineConfig
+from dspark.engine.classes import ServiceClasses
 from dspark.engine.demand import DraftDemand
 from dspark.engine.exchange import DraftExchange
 from dspark.engine.features import FeatureStore
@@ -24,11 +26,12 @@ from dspark.kernels.attention_plan import PAGE_SIZE
 from dspark.scheduling.autoscaling.signals import DraftCounts
 from dspark.scheduling.calibration import CalibrationInUse
 from dspark.scheduling.draft_gate import DraftGate
-from dspark.scheduling.planner import Search, plan_lengths
+from dspark.scheduling.draft_policy import DraftPolicy
+from dspark.scheduling.planner import Search, plan_lengths, reserve
 from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.scheduling.survival import survival, survival_table
-from dspark.types import StepPlan, VerificationPolicy, VerificationResult, VerifyMode
+from dspark.types import FloatArray, StepPlan, VerificationPolicy, VerificationResult, VerifyMode
 
 _SPLIT_GAIN = 0.95  # a round is halved for no less than this
 _NO_BLOCK = np.zeros(0, dtype=np.float32)
@@ -63,19 +66,22 @@ class Speculation:
         calibration: CalibrationInUse,
     ) -> None:
         self.block_size = block_size  # γ, where a plan says nothing else
+        self.classes = ServiceClasses(config.classes)
         self.calibration = calibration
         self._config = config
         self._exchange, self._features, self._lookup = exchange, features, lookup
         self._looks_up = False  # the latest blocks come from there
         self._times: RoundTimes | None = None
         self._gate: DraftGate | None = None
+        self._policy: DraftPolicy | None = None
         self._judges: tuple[tuple[RoundTimes, DraftGate], ...] | None = None  # see _turn_to
         self._plan = StepPlan(policy=VerificationPolicy(config.policy))
         self._plan_until = math.inf
         self._asked = 0  # length of blocks asked for in the round that ends with the next step
         self._narrow = False  # and that they are for a few of the requests
         self._drafting = 0  # length of blocks that the gate last let through
-        self._promised = 0.0  # draft tokens of this step that should be accepted
+        # Whose draft tokens this step verifies, and how many of them should be accepted.
+        self._promised: dict[str, tuple[Sequence, float]] = {}
         self._rows = 1.0  # target rows of a request in the last step that decoded
         self._demand = DraftDemand()
 
@@ -106,6 +112,7 @@ class Speculation:
     def table(self, table: StepTimeTable) -> None:
         by_drafter, looked_up = RoundTimes(table), RoundTimes(table)
         self._judges = (by_drafter, DraftGate(by_drafter)), (looked_up, DraftGate(looked_up))
+        self._policy = DraftPolicy(by_drafter)
         self._turn_to(looks_up=self._exchange is None)
 
     def follow(self, plan: StepPlan) -> None:
@@ -142,11 +149,14 @@ class Speculation:
             return 0.0
         return self._exchange.receive(running, lambda under_way: self._patience(running, under_way))
 
-    def prefill_budget(self, decoding: int) -> int:
-        """Prompt tokens that a step may hold: those who decode are not to stall behind them."""
+    def prefill_budget(self, decoding: int, prompts: Iterable[Sequence] = ()) -> int:
+        """Prompt tokens that a step may hold: those who decode are not to stall behind them.
+
+        Unless a first token is soon too late.
+        """
         most = self._config.prefill_chunk_tokens
         times = self._times
-        if times is None or not decoding:
+        if times is None or not decoding or self.classes.urgent(prompts):
             return most
         limit = self._config.prefill_stretch * times.step_ms(decoding, decoding)
         while most > PAGE_SIZE and times.step_ms(decoding, decoding + most) > limit:
@@ -164,7 +174,7 @@ class Speculation:
         return halved < _SPLIT_GAIN * whole
 
     def verification(self, decoding: Seq[Sequence], prefill: int, running: int) -> list[int]:
-        """How many draft tokens of each to verify beside `prefill` prompt tokens (Algorithm 1)."""
+        """How many draft tokens of each to verify beside `prefill` prompt tokens."""
         plan = self._current_plan
         blocks = [s.proposal for s in decoding]
         sizes = [0 if block is None else len(block.token_ids) for block in blocks]
@@ -186,7 +196,12 @@ class Speculation:
             () if self._looks_up else self.calibration.temperatures,
         )
         if not self._looks_up:
-            gate.record([row[:n] for row, n in zip(survivals, sizes, strict=True) if n])
+            self._see(decoding, survivals, sizes)
+        weights, wanted = self.classes.weights(decoding), self.classes.wanted(decoding)
+        reserved = None
+        if wanted is not None:
+            rank = np.ones(len(decoding)) if weights is None else weights
+            reserved, _ = reserve(survivals, wanted, rank, ceiling)
         # Waiting is over when a step is planned; but a round that waited is worth more tokens.
         alone = len(decoding) == running
         found = plan_lengths(
@@ -195,9 +210,28 @@ class Speculation:
             extra_tokens=prefill,
             ceiling=ceiling,
             search=search,
+            weights=weights,
+            reserved=reserved,
         )
-        self._promised = found.expected - len(decoding)
+        self._promised = {
+            sequence.request.id: (sequence, float(row[:n].sum()))
+            for sequence, row, n in zip(decoding, survivals, found.lengths, strict=True)
+            if n
+        }
         return found.lengths
+
+    def _see(self, decoding: Seq[Sequence], survivals: FloatArray, sizes: list[int]) -> None:
+        """Let gate and policy know blocks, before it is known what comes of them."""
+        seen = []
+        for sequence, row, size in zip(decoding, survivals, sizes, strict=True):
+            if size:
+                sequence.prospect.see(row[:size])
+                seen.append(row[:size])
+            elif sequence.prospect.left_out and self._asked:
+                # What a round brings hangs on how many are drafted for.
+                seen.append(np.zeros(self._asked, dtype=np.float32))
+        if self._gate is not None:
+            self._gate.record(seen)
 
     def _patience(self, running: dict[str, Sequence], under_way: list[Sequence]) -> float:
         """Seconds to wait for blocks before stepping without those who wait for them.
@@ -244,9 +278,15 @@ class Speculation:
             )
         if of.requests and not of.prefill:
             self._rows = of.tokens / of.requests
+        if of.requests and of.round_ms is not None:
+            self.classes.learn(of.round_ms)
         if self._gate is not None and self._promised:
-            self._gate.settle(self._promised, sum(result.accepted for result in results))
-            self._promised = 0.0
+            accepted = {result.request_id: result.accepted for result in results}
+            for name, (sequence, promised) in self._promised.items():
+                sequence.prospect.settle(promised, accepted[name])
+            whole = sum(promised for _, promised in self._promised.values())
+            self._gate.settle(whole, sum(accepted.values()))
+            self._promised = {}
 
     def ask(self, stepped: Seq[Sequence], running: int) -> None:
         """Ask the drafter, or look up while there is none, where a block can still be of use.
@@ -281,10 +321,36 @@ class Speculation:
                 self._narrow = size > 0
         if exchange is not None:
             self._demand.count(gate)
-            if exchange.ask(sequences, self._features, size, rest=rest):
-                self._asked = size
+            sizes = self._sizes(sequences, size, plan, gate)
+            if exchange.ask(sequences, self._features, sizes, rest=rest):
+                self._asked = max(sizes)
         elif lookup is not None and size:
             self._look_up(lookup, sequences, size)
+
+    def _sizes(
+        self, sequences: Seq[Sequence], size: int, plan: StepPlan, gate: DraftGate | None
+    ) -> list[int]:
+        """Draft tokens to ask for, for each of `sequences`; features of all flow."""
+        sizes = [size] * len(sequences)
+        at = [i for i, s in enumerate(sequences) if s.useful]
+        drafted = [sequences[i] for i in at]
+        for sequence in drafted:
+            sequence.prospect.left_out = False
+        by_request = drafted and gate is not None and size and size == gate.usual_size
+        if by_request and self._policy is not None and self._config.draft_by_request:
+            weights = self.classes.weights(drafted)
+            chosen = self._policy.sizes([s.prospect for s in drafted], size, weights=weights)
+            for i, wanted in zip(at, chosen, strict=True):
+                sizes[i] = wanted
+        floors = self.classes.wanted(drafted)
+        if floors is not None:
+            # Plain decoding falls short of them: whatever all together gain, these need blocks.
+            whole = plan.block_size or self.block_size
+            for i, wanted in zip(at, floors.tolist(), strict=True):
+                if wanted > 0.0 and not sizes[i]:
+                    sizes[i], self._narrow = whole, self._narrow or not size
+                    sequences[i].prospect.left_out = False
+        return sizes
 
     def free(self, session: str) -> None:
         """Tell the drafter that a request is over, or must be drafted for anew."""

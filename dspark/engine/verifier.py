@@ -170,8 +170,10 @@ class VerifierEngine:
 
     @property
     def floor_attainment(self) -> float:
-        """Share of requests with a tokens/s floor that are above it; none has one, so all are."""
-        return 1.0
+        """Share of requests with a tokens/s floor that are above it; 1 if none has one."""
+        loads = () if self.last_report is None else self.last_report.classes
+        floors = sum(load.floors for load in loads)
+        return 1.0 - sum(load.floors_missed for load in loads) / floors if floors else 1.0
 
     @property
     def draft_counts(self) -> DraftCounts:
@@ -223,7 +225,9 @@ class VerifierEngine:
         decoding = [s for s in ready if s.decoding and s.computed]
         turns: list[_Turn] = []
         prompts = [s for s in ready if not (s.decoding and s.computed)]
-        budget = self._speculation.prefill_budget(len(decoding)) if prompts else 0
+        if self.config.classes:
+            prompts.sort(key=lambda s: s.due_at)
+        budget = self._speculation.prefill_budget(len(decoding), prompts) if prompts else 0
         for sequence in prompts:
             rows = min(len(sequence.tokens) - sequence.computed, budget)
             if rows:
@@ -278,6 +282,8 @@ class VerifierEngine:
         kept = sequence.commit([*emitted, verdict.next_token_id])
         sequence.computed = len(sequence.tokens) - 1
         sequence.round += 1
+        if not sequence.first_token_at:
+            self._speculation.classes.first_token(sequence)
         sequence.proposal = None
         accepted = min(verdict.accepted, len(kept))
         # what was drafted behind a token that ends the text was never put to the test
@@ -334,6 +340,7 @@ class VerifierEngine:
             calibration_epoch=self.calibration.epoch,
             calibrations_refused=self.calibration.refused,
             outcomes=self._sample.take(self.calibration.temperatures),
+            classes=self._speculation.classes.loads(self.roster.running.values()),
         )
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from dspark.pb import common_pb2 as dspark_dot_pb_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64spark/pb/inference.proto\x12\tdspark.v1\x1a\x16\x64spark/pb/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"6\n\nChatPrompt\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.dspark.v1.ChatMessage\"\xe3\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x15.dspark.v1.ChatPromptH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\rH\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12#\n\x04mode\x18\n \x01(\x0e\x32\x15.dspark.v1.VerifyMode\x12\x16\n\tspeculate\x18\x0b \x01(\x08H\x06\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0c\n\n_speculate\")\n\x08TextSpan\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0f\n\x07\x64rafted\x18\x02 \x01(\x08\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\xe6\x01\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\"\n\x05spans\x18\x03 \x03(\x0b\x32\x13.dspark.v1.TextSpan\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.dspark.v1.FinishReason\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x10.dspark.v1.Usage\x12\x30\n\x0bspeculation\x18\x07 \x01(\x0b\x32\x1b.dspark.v1.SpeculationStats\"\x13\n\x11ListModelsRequest\"/\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.dspark.v1.Model2\x9d\x01\n\tInference\x12\x45\n\x08Generate\x12\x1a.dspark.v1.GenerateRequest\x1a\x1b.dspark.v1.GenerateResponse0\x01\x12I\n\nListModels\x12\x1c.dspark.v1.ListModelsRequest\x1a\x1d.dspark.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64spark/pb/inference.proto\x12\tdspark.v1\x1a\x16\x64spark/pb/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"6\n\nChatPrompt\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.dspark.v1.ChatMessage\"\xfa\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x15.dspark.v1.ChatPromptH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\rH\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12#\n\x04mode\x18\n \x01(\x0e\x32\x15.dspark.v1.VerifyMode\x12\x16\n\tspeculate\x18\x0b \x01(\x08H\x06\x88\x01\x01\x12\x15\n\rservice_class\x18\x0c \x01(\tB\x07\n\x05inputB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0c\n\n_speculate\")\n\x08TextSpan\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0f\n\x07\x64rafted\x18\x02 \x01(\x08\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\xe6\x01\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\"\n\x05spans\x18\x03 \x03(\x0b\x32\x13.dspark.v1.TextSpan\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.dspark.v1.FinishReason\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x10.dspark.v1.Usage\x12\x30\n\x0bspeculation\x18\x07 \x01(\x0b\x32\x1b.dspark.v1.SpeculationStats\"\x13\n\x11ListModelsRequest\"/\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.dspark.v1.Model2\x9d\x01\n\tInference\x12\x45\n\x08Generate\x12\x1a.dspark.v1.GenerateRequest\x1a\x1b.dspark.v1.GenerateResponse0\x01\x12I\n\nListModels\x12\x1c.dspark.v1.ListModelsRequest\x1a\x1d.dspark.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,19 +37,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATPROMPT']._serialized_start=110
   _globals['_CHATPROMPT']._serialized_end=164
   _globals['_GENERATEREQUEST']._serialized_start=167
-  _globals['_GENERATEREQUEST']._serialized_end=522
-  _globals['_TEXTSPAN']._serialized_start=524
-  _globals['_TEXTSPAN']._serialized_end=565
-  _globals['_USAGE']._serialized_start=567
-  _globals['_USAGE']._serialized_end=624
-  _globals['_GENERATERESPONSE']._serialized_start=627
-  _globals['_GENERATERESPONSE']._serialized_end=857
-  _globals['_LISTMODELSREQUEST']._serialized_start=859
-  _globals['_LISTMODELSREQUEST']._serialized_end=878
-  _globals['_MODEL']._serialized_start=880
-  _globals['_MODEL']._serialized_end=927
-  _globals['_LISTMODELSRESPONSE']._serialized_start=929
-  _globals['_LISTMODELSRESPONSE']._serialized_end=983
-  _globals['_INFERENCE']._serialized_start=986
-  _globals['_INFERENCE']._serialized_end=1143
+  _globals['_GENERATEREQUEST']._serialized_end=545
+  _globals['_TEXTSPAN']._serialized_start=547
+  _globals['_TEXTSPAN']._serialized_end=588
+  _globals['_USAGE']._serialized_start=590
+  _globals['_USAGE']._serialized_end=647
+  _globals['_GENERATERESPONSE']._serialized_start=650
+  _globals['_GENERATERESPONSE']._serialized_end=880
+  _globals['_LISTMODELSREQUEST']._serialized_start=882
+  _globals['_LISTMODELSREQUEST']._serialized_end=901
+  _globals['_MODEL']._serialized_start=903
+  _globals['_MODEL']._serialized_end=950
+  _globals['_LISTMODELSRESPONSE']._serialized_start=952
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1006
+  _globals['_INFERENCE']._serialized_start=1009
+  _globals['_INFERENCE']._serialized_end=1166
 # @@protoc_insertion_point(module_scope)

@@ -98,7 +98,7 @@ class PlaceResponse(_message.Message):
     def __init__(self, verifier: _Optional[_Union[Replica, _Mapping]] = ...) -> None: ...
 
 class StepReport(_message.Message):
-    __slots__ = ("incarnation", "step", "step_ms", "draft_wait_ms", "decode_requests", "waiting_requests", "tokens", "prefill_tokens", "drafted", "verified_by_position", "accepted_by_position", "committed", "free_pages", "total_pages", "calibration_epoch", "calibrations_refused", "outcomes")
+    __slots__ = ("incarnation", "step", "step_ms", "draft_wait_ms", "decode_requests", "waiting_requests", "tokens", "prefill_tokens", "drafted", "verified_by_position", "accepted_by_position", "committed", "free_pages", "total_pages", "calibration_epoch", "calibrations_refused", "outcomes", "classes")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEP_MS_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +116,7 @@ class StepReport(_message.Message):
     CALIBRATION_EPOCH_FIELD_NUMBER: _ClassVar[int]
     CALIBRATIONS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     step: int
     step_ms: float
@@ -133,7 +134,22 @@ class StepReport(_message.Message):
     calibration_epoch: int
     calibrations_refused: int
     outcomes: BlockOutcomes
-    def __init__(self, incarnation: _Optional[str] = ..., step: _Optional[int] = ..., step_ms: _Optional[float] = ..., draft_wait_ms: _Optional[float] = ..., decode_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., drafted: _Optional[int] = ..., verified_by_position: _Optional[_Iterable[int]] = ..., accepted_by_position: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., calibration_epoch: _Optional[int] = ..., calibrations_refused: _Optional[int] = ..., outcomes: _Optional[_Union[BlockOutcomes, _Mapping]] = ...) -> None: ...
+    classes: _containers.RepeatedCompositeFieldContainer[ClassLoad]
+    def __init__(self, incarnation: _Optional[str] = ..., step: _Optional[int] = ..., step_ms: _Optional[float] = ..., draft_wait_ms: _Optional[float] = ..., decode_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., drafted: _Optional[int] = ..., verified_by_position: _Optional[_Iterable[int]] = ..., accepted_by_position: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., calibration_epoch: _Optional[int] = ..., calibrations_refused: _Optional[int] = ..., outcomes: _Optional[_Union[BlockOutcomes, _Mapping]] = ..., classes: _Optional[_Iterable[_Union[ClassLoad, _Mapping]]] = ...) -> None: ...
+
+class ClassLoad(_message.Message):
+    __slots__ = ("name", "requests", "floors", "floors_missed", "late_first_tokens")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    FLOORS_FIELD_NUMBER: _ClassVar[int]
+    FLOORS_MISSED_FIELD_NUMBER: _ClassVar[int]
+    LATE_FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    requests: int
+    floors: int
+    floors_missed: int
+    late_first_tokens: int
+    def __init__(self, name: _Optional[str] = ..., requests: _Optional[int] = ..., floors: _Optional[int] = ..., floors_missed: _Optional[int] = ..., late_first_tokens: _Optional[int] = ...) -> None: ...
 
 class BlockOutcomes(_message.Message):
     __slots__ = ("block_size", "verified", "accepted", "confidences", "temperatures")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from dspark.pb import common_pb2 as dspark_dot_pb_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64spark/pb/verifier.proto\x12\tdspark.v1\x1a\x16\x64spark/pb/common.proto\"\x8a\x01\n\x15GenerateTokensRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.dspark.v1.Sampling\"\x90\x01\n\x16GenerateTokensResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0f\n\x07\x64rafted\x18\x02 \x01(\r\x12\x10\n\x08verified\x18\x03 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x04 \x01(\r\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.dspark.v1.FinishReason2c\n\x08Verifier\x12W\n\x0eGenerateTokens\x12 .dspark.v1.GenerateTokensRequest\x1a!.dspark.v1.GenerateTokensResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64spark/pb/verifier.proto\x12\tdspark.v1\x1a\x16\x64spark/pb/common.proto\"\xa1\x01\n\x15GenerateTokensRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.dspark.v1.Sampling\x12\x15\n\rservice_class\x18\x06 \x01(\t\"\x90\x01\n\x16GenerateTokensResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0f\n\x07\x64rafted\x18\x02 \x01(\r\x12\x10\n\x08verified\x18\x03 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x04 \x01(\r\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.dspark.v1.FinishReason2c\n\x08Verifier\x12W\n\x0eGenerateTokens\x12 .dspark.v1.GenerateTokensRequest\x1a!.dspark.v1.GenerateTokensResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,9 +33,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dspark.pb.verifier_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATETOKENSREQUEST']._serialized_start=64
-  _globals['_GENERATETOKENSREQUEST']._serialized_end=202
-  _globals['_GENERATETOKENSRESPONSE']._serialized_start=205
-  _globals['_GENERATETOKENSRESPONSE']._serialized_end=349
-  _globals['_VERIFIER']._serialized_start=351
-  _globals['_VERIFIER']._serialized_end=450
+  _globals['_GENERATETOKENSREQUEST']._serialized_end=225
+  _globals['_GENERATETOKENSRESPONSE']._serialized_start=228
+  _globals['_GENERATETOKENSRESPONSE']._serialized_end=372
+  _globals['_VERIFIER']._serialized_start=374
+  _globals['_VERIFIER']._serialized_end=473
 # @@protoc_insertion_point(module_scope)

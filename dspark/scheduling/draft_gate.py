@@ -97,11 +97,13 @@ class DraftGate:
             blocks = np.stack([block for block in latest if len(block) == length])
             before = np.pad(blocks[:, :-1], ((0, 0), (1, 0)), constant_values=1.0)
             chances = blocks / np.maximum(before, _TINY)  # a long block's survival may underflow
-            seen = chances.mean(axis=0)
+            found = chances[blocks[:, 0] > 0.0]  # others were none, for one reason or another
+            seen = found.mean(axis=0) if len(found) else np.zeros(length, dtype=np.float32)
             if length > len(self._usual):
                 self._usual = np.append(self._usual, seen[len(self._usual) :])
                 self._blocks = np.ones((0, length), dtype=np.float32)  # once or twice, at the start
-            self._usual[:length] += weight * (seen - self._usual[:length])
+            if len(found):
+                self._usual[:length] += weight * (seen - self._usual[:length])
             tail = np.cumprod(self._usual[length:])
             whole = np.concatenate([blocks, blocks[:, -1:] * tail], axis=1)
             self._blocks = np.concatenate([self._blocks, whole])[-_BLOCKS:]
@@ -122,6 +124,11 @@ class DraftGate:
     def _known(self) -> bool:
         """Whether there is anything to judge by."""
         return bool(len(self._blocks) or self._latest) and self._times.drafting_known
+
+    @property
+    def usual_size(self) -> int:
+        """Draft tokens of a block as they pay best; another length is asked for to learn."""
+        return self._size
 
     @property
     def open(self) -> bool:

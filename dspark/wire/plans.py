@@ -45,6 +45,16 @@ def report_to_pb(report: StepReport, incarnation: str) -> scheduler_pb2.StepRepo
         calibration_epoch=report.calibration_epoch,
         calibrations_refused=report.calibrations_refused,
         outcomes=None if report.outcomes is None else _outcomes_to_pb(report.outcomes),
+        classes=[
+            scheduler_pb2.ClassLoad(
+                name=load.name,
+                requests=load.requests,
+                floors=load.floors,
+                floors_missed=load.floors_missed,
+                late_first_tokens=load.late_first_tokens,
+            )
+            for load in report.classes
+        ],
     )
 
 

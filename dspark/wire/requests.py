@@ -70,6 +70,7 @@ def request_to_pb(request: Request, model: str) -> verifier_pb2.GenerateTokensRe
         model=model,
         prompt_token_ids=request.prompt_token_ids,
         sampling=sampling_to_pb(request.sampling),
+        service_class=request.service_class,
     )
 
 
@@ -85,6 +86,7 @@ def request_from_pb(message: verifier_pb2.GenerateTokensRequest) -> Request:
         prompt_token_ids=tuple(message.prompt_token_ids),
         sampling=sampling_from_pb(message.sampling),
         epoch=message.epoch,
+        service_class=message.service_class,
     )
 
 

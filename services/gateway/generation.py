@@ -8,7 +8,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from uuid import uuid4
 
-from dspark.errors import ModelNotFoundError, OverloadedError, UnavailableError
+from dspark.errors import InvalidRequestError, ModelNotFoundError, OverloadedError, UnavailableError
 from dspark.services.gateway.cluster import ClusterView
 from dspark.services.gateway.detokenize import TokenDecoder
 from dspark.services.gateway.request import GenerationRequest, fit, sampling_of
@@ -55,11 +55,13 @@ class Generator:
         router: Router,
         cluster: ClusterView,
         max_in_flight: int,
+        service_class: Callable[[str], object],  # InvalidRequestError for a name that is not known
         first_wait_s: float = FIRST_WAIT_S,
     ) -> None:
         self.model, self.cluster = model, cluster
         self._encoder, self._make_decoder, self._router = encoder, make_decoder, router
         self._max_in_flight, self._first_wait_s = max_in_flight, first_wait_s
+        self._service_class = service_class
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -87,12 +89,15 @@ class Generator:
             raise ModelNotFoundError(
                 f"there is no model {asked.model!r} here; this server has {self.model!r}"
             )
+        self._check_class(asked)
         sampling = sampling_of(asked.wish)
         with self._admitted():
             context_tokens = await self._context_tokens()
             prompt = await self._encoder.encode(asked.prompt, asked.prompt_field, context_tokens)
             sampling = fit(sampling, asked.wish, len(prompt), context_tokens)
-            request = Request(f"gen-{uuid4().hex}", prompt, sampling)
+            request = Request(
+                f"gen-{uuid4().hex}", prompt, sampling, service_class=asked.service_class
+            )
             text = TextStream(self._make_decoder(), asked.stop)
             tally = SpeculationTally()
             completion_tokens = 0
@@ -108,6 +113,14 @@ class Generator:
             assert piece.finish_reason is not None
             finish = Finish(piece.finish_reason, len(prompt), completion_tokens, tally.stats())
             yield Part(request.id, piece.spans, piece.token_ids, finish)
+
+    def _check_class(self, asked: GenerationRequest) -> None:
+        try:
+            self._service_class(asked.service_class)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(
+                f"{asked.class_field}: {error}", param=asked.class_field
+            ) from error
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:

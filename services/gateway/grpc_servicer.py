@@ -111,7 +111,9 @@ def _request(message: pb.GenerateRequest | None) -> GenerationRequest:
         mode=verify_mode(message.mode),
         speculate=said("speculate"),
     )
-    return GenerationRequest(message.model, prompt, field, wish, tuple(message.stop))
+    return GenerationRequest(
+        message.model, prompt, field, wish, tuple(message.stop), message.service_class
+    )
 
 
 def _response(part: Part) -> pb.GenerateResponse:

@@ -81,6 +81,7 @@ class _Common(_Strict):
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    service_tier: str | None = None  # one of our service classes; auto: the default
     # Ours, beyond OpenAI's.
     top_k: int | None = None
     verify_mode: Literal["rejection", "coupled"] | None = None
@@ -98,6 +99,10 @@ class _Common(_Strict):
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk of usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def _service_class(self) -> str:
+        return "" if self.service_tier is None or self.service_tier == "auto" else self.service_tier
 
     def _wish(self, max_tokens: int | None) -> SamplingWish:
         return SamplingWish(
@@ -126,6 +131,8 @@ class ChatCompletionRequest(_Common):
             prompt_field="messages",
             wish=self._wish(self.max_tokens if newer is None else newer),
             stop=tuple(self.stop or ()),
+            service_class=self._service_class,
+            class_field="service_tier",
         )
 
 
@@ -142,4 +149,6 @@ class CompletionRequest(_Common):
             prompt_field="prompt",
             wish=self._wish(self.max_tokens),
             stop=tuple(self.stop or ()),
+            service_class=self._service_class,
+            class_field="service_tier",
         )

@@ -45,6 +45,8 @@ class GenerationRequest:
     prompt_field: str  # what the protocol calls it, for errors
     wish: SamplingWish = SamplingWish()
     stop: tuple[str, ...] = ()
+    service_class: str = ""  # empty: the default
+    class_field: str = "service_class"  # what the protocol calls it, for errors
 
     def __post_init__(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:

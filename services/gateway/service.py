@@ -47,6 +47,7 @@ class GatewayService:
             self._router,
             self.cluster,
             gateway.max_in_flight,
+            config.engine.service_class,
             first_wait_s,
         )
         self._server = ReplicaServer(MAX_PUBLIC_MESSAGE_BYTES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,14 @@ import uvicorn
 from helpers.fake_services import FakeScheduler, FakeVerifier, Oracle
 from helpers.tokenizer import EOS, byte_level
 
-from dspark.config import GatewayConfig, ModelConfig, SchedulerConfig, ServeConfig
+from dspark.config import (
+    EngineConfig,
+    GatewayConfig,
+    ModelConfig,
+    SchedulerConfig,
+    ServeConfig,
+    ServiceClass,
+)
 from dspark.pb import inference_pb2_grpc
 from dspark.services.gateway.service import GatewayService
 
@@ -73,6 +80,7 @@ async def running_gateway(
     first_wait_s: float = 5.0,
     context_tokens: int = 512,
     heartbeat_s: float = 0.05,
+    classes: Mapping[str, ServiceClass] | None = None,
     **gateway: Any,
 ) -> AsyncIterator[Cluster]:
     """Starts everything; `wait` for the gateway to have heard of the verifiers."""
@@ -92,6 +100,7 @@ async def running_gateway(
         stack.push_async_callback(scheduler.kill)
         config = ServeConfig(
             model=ModelConfig(target=MODEL),
+            engine=EngineConfig(classes=classes or {}),
             scheduler=SchedulerConfig(heartbeat_s=heartbeat_s),
             gateway=GatewayConfig(**{"grpc_port": 0, "resume_timeout_s": 20.0, **gateway}),
         )

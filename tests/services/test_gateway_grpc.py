@@ -13,6 +13,7 @@ from helpers.fake_services import Script
 from helpers.gateway import ANSWER, MODEL, Cluster, running_gateway
 from helpers.tokenizer import without_template
 
+from dspark.config import ServiceClass
 from dspark.pb import common_pb2
 from dspark.pb import inference_pb2 as pb
 
@@ -95,6 +96,19 @@ async def test_what_is_said_reaches_the_verifier(cluster: Cluster) -> None:
     assert sent.sampling.mode == common_pb2.VERIFY_MODE_COUPLED
     assert parts[-1].finish_reason == common_pb2.FINISH_REASON_LENGTH
     assert parts[-1].usage.completion_tokens == 5
+
+
+async def test_a_service_class_reaches_the_verifier_or_is_refused() -> None:
+    async with running_gateway(classes={"batch": ServiceClass(weight=0.1)}) as cluster:
+        await generate(cluster, text_request(service_class="batch"))
+        async with cluster.http() as http:
+            asked = {"model": MODEL, "prompt": "x", "service_tier": "batch"}
+            assert (await http.post("/v1/completions", json=asked)).status_code == 200
+            await http.post("/v1/completions", json={**asked, "service_tier": "auto"})
+        assert [sent.service_class for sent in cluster.verifier.requests] == ["batch", "batch", ""]
+        error = await refusal(cluster, text_request(service_class="gold"))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "there is batch, default" in (error.details() or "")
 
 
 async def test_the_default_length_is_cut_to_the_context() -> None:

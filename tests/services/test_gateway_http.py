@@ -263,6 +263,8 @@ def turn(**fields: Any) -> tuple[str, Any]:
         (chat(stream="yes"), "stream", "yes"),
         (chat(stream_options={"shout": True}), "stream_options.shout", "not supported"),
         (chat(verify_mode="maybe"), "verify_mode", "rejection"),
+        (chat(service_tier="gold"), "service_tier", "there is default"),
+        (chat(service_tier=1), "service_tier", "string"),
         (chat(prompt="x"), "prompt", "not supported"),
         (text(prompt=[1, 2, 3]), "prompt", "token ids"),
         (text(prompt=[[1, 2]]), "prompt", "token ids"),

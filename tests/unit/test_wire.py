@@ -20,6 +20,7 @@ from dspark.types import (
     MAX_SEED,
     BlockOutcomes,
     BlockProposal,
+    ClassLoad,
     DraftWork,
     Fence,
     Request,
@@ -56,7 +57,7 @@ fences = st.builds(
 
 @given(st.text(min_size=1, max_size=20), st.lists(st.integers(0, 2**32 - 1)), samplings)
 def test_requests_round_trip(name: str, prompt: list[int], sampling: SamplingParams) -> None:
-    request = Request(name, tuple(prompt), sampling, epoch=3)
+    request = Request(name, tuple(prompt), sampling, epoch=3, service_class="batch")
     assert requests.request_from_pb(requests.request_to_pb(request, "m")) == request
 
 
@@ -242,6 +243,7 @@ def report(outcomes: BlockOutcomes | None) -> scheduler_pb2.StepReport:
         7, 1.0, 0.0, **counts, prefill_tokens=0, verified_by_position=(1,),
         accepted_by_position=(0,), committed=1, free_pages=1, total_pages=1,
         calibration_epoch=4, calibrations_refused=2, outcomes=outcomes,
+        classes=(ClassLoad("fast", 5, 4, 3, 2),),
     )  # fmt: skip
     return plans.report_to_pb(made, "v")
 
@@ -261,6 +263,9 @@ def test_outcomes_round_trip(count: int, size: int, seed: int) -> None:
     assert back.temperatures == (1.5,)
     assert message.outcomes.ByteSize() <= count * (4 * size + 2) + 32
     assert not report(None).HasField("outcomes")
+    (load,) = message.classes
+    assert (load.name, load.requests, load.floors) == ("fast", 5, 4)
+    assert (load.floors_missed, load.late_first_tokens) == (3, 2)
 
 
 @pytest.mark.parametrize(

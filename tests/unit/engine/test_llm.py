@@ -17,7 +17,7 @@ from dspark.evaluation.losslessness import GreedyReference
 from dspark.models.checkpoint import fingerprint, save_calibration
 from dspark.scheduling.calibration import CalibrationTable
 from dspark.scheduling.round_times import RoundTimes
-from dspark.scheduling.survival import survival
+from dspark.scheduling.survival import survival_table
 from dspark.types import FloatArray
 
 PROMPTS = ["hello", "quick brown fox", "answer"]
@@ -116,11 +116,11 @@ def test_a_drafters_table_is_what_its_plans_start_with(
     save_calibration(drafter, table, 4)
     seen: set[tuple[float, ...]] = set()
 
-    def watched(confidences: FloatArray, temperatures: tuple[float, ...]) -> FloatArray:
+    def watched(blocks: list[FloatArray], temperatures: tuple[float, ...]) -> FloatArray:
         seen.add(temperatures)
-        return survival(confidences, temperatures)
+        return survival_table(blocks, temperatures)
 
-    monkeypatch.setattr("dspark.engine.speculation.survival", watched)
+    monkeypatch.setattr("dspark.engine.speculation.survival_table", watched)
     llm((folders[0], str(drafter)), policy="adaptive").generate(PROMPTS, GREEDY)
     assert seen == {table.temperatures}
     (drafter / "calibration.json").write_text(replace(table, drafter_fingerprint="x").to_json())

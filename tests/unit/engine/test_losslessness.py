@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import product
@@ -16,6 +17,7 @@ from helpers.tiny import (
     Tally,
     autoregressive_link,
     hf_model,
+    random_plan,
     run,
     tiny_causal_drafter,
     tiny_drafter,
@@ -25,6 +27,7 @@ from helpers.tiny import (
 from scipy import stats
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from dspark.config import ServiceClass
 from dspark.decoding import drawing
 from dspark.decoding.noise import Stream, draw_key
 from dspark.engine import drafting, judge, speculation
@@ -142,6 +145,13 @@ def goodness_of_fit(
     tally = conclusive(
         run(engine, requests, budget_seed=1 if budgets else None, recalibrated=recalibrated)
     )
+    return fit_of(tally, sampling, samples, prompt, after)
+
+
+def fit_of(
+    tally: Tally, sampling: SamplingParams, samples: int, prompt: tuple[int, ...], after: int = 0
+) -> float:
+    """The same of what came of them."""
     law = exact_law(sampling, DEPTH, prompt)
     seen = torch.zeros(*[VOCAB] * DEPTH, dtype=torch.float64)
     for tokens in tally.tokens.values():
@@ -180,6 +190,51 @@ def test_rejection_follows_the_target_law_under_changing_budgets(
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=6)
     engine = sampling_engine(monkeypatch)
     assert goodness_of_fit(engine, sampling, samples=6000, recalibrated=True) > FALSE_ALARM
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("planner", ["synchronous", "asynchronous"])
+def test_rejection_follows_the_target_law_with_everything_on(
+    planner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Classes, floors, a policy by request, plans that change, lapse and come twice."""
+    monkeypatch.setattr(drafting, "CANDIDATES", 5)
+    target = tiny_target(vocab=VOCAB)
+    classes = {
+        "floor": ServiceClass(weight=3.0, min_tokens_per_s=1500.0),
+        "light": ServiceClass(weight=0.2),
+        "default": ServiceClass(max_first_token_s=1e-3),
+    }
+    engine = tiny_engine(
+        target,
+        tiny_drafter(target),
+        policy="adaptive",
+        planner=planner,
+        max_requests=16,
+        max_waiting=10_000,
+        classes=classes,
+    )
+    # rows that cost something, so that there is something to weigh and to cut
+    engine.table = flat_table((1, 16), (1, 5), ((1.0, 1.6), (2.0, 9.0)))
+    sampling = SamplingParams(temperature=0.8, max_tokens=6)
+    names = ["", "floor", "light"]
+    samples = 4000
+    requests = [
+        Request(str(i), PROMPT[:3], replace(sampling, seed=i), service_class=names[i % 3])
+        for i in range(samples)
+    ]
+    for request in requests:
+        engine.add(request)
+    tally, plans = Tally(), random.Random(0)
+    plan = random_plan(plans)
+    while engine.has_work:
+        if plans.random() < 0.3:
+            plan = replace(random_plan(plans), valid_for_s=plans.choice([0.0, 1e-3, 10.0]))
+        if plans.random() < 0.5:
+            engine.set_plan(plan)  # often the same again
+        tally.add(engine.step())
+    conclusive(tally)
+    assert fit_of(tally, sampling, samples, PROMPT[:3]) > FALSE_ALARM
 
 
 def small_accept_draws(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 from helpers.tables import flat_table
@@ -9,10 +11,11 @@ from helpers.tiny import ScriptedLink, tiny_engine, tiny_target
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dspark.config import ServiceClass
 from dspark.engine.sequence import Sequence
 from dspark.engine.speculation import Round, Speculation
 from dspark.scheduling.step_table import StepTimeTable
-from dspark.types import BlockProposal, Fence, Request, SamplingParams
+from dspark.types import BlockProposal, Fence, Request, SamplingParams, StepPlan
 
 TARGET = tiny_target()
 GAMMA = 4
@@ -42,12 +45,31 @@ def sequences(
     return made
 
 
+def ready(name: int, service: ServiceClass) -> Sequence:
+    """A request whose next token is to be decided."""
+    sampling = SamplingParams(max_tokens=50)
+    sequence = Sequence(Request(str(name), (1, 2, 3), sampling), frozenset(), service=service)
+    sequence.computed = 2
+    return sequence
+
+
 def experienced(
-    table: StepTimeTable, requests: int, usual: list[float], planner: str = "asynchronous"
+    table: StepTimeTable,
+    requests: int,
+    usual: list[float],
+    planner: str = "asynchronous",
+    classes: Mapping[str, ServiceClass] | None = None,
 ) -> Speculation:
     """One that has seen rounds of so many requests, with blocks of `usual` confidences."""
     link = ScriptedLink({}, TARGET.vocab_size)
-    engine = tiny_engine(TARGET, link=link, policy="adaptive", planner=planner, block_size=GAMMA)
+    engine = tiny_engine(
+        TARGET,
+        link=link,
+        policy="adaptive",
+        planner=planner,
+        block_size=GAMMA,
+        classes=classes or {},
+    )
     engine.table = table
     speculation = engine._speculation
     for turn in range(60):
@@ -99,6 +121,23 @@ def test_greedy_requests_are_searched_for_whatever_the_planner(planner: str) -> 
     certain, hopeless = [1.0] * GAMMA, [0.0] * GAMMA
     assert speculation.verification(sequences([certain] * 2, 0.0), 0, 2) == [GAMMA, GAMMA]
     assert speculation.verification(sequences([hopeless] * 2, 0.0), 0, 2) == [0, 0]
+
+
+def test_floors_are_drafted_for_behind_a_closed_gate() -> None:
+    """All together lose by drafting; one is to come faster than plain steps can make it."""
+    dear = flat_table((1, 8), (1, 5), ((10.0, 500.0), (10.0, 500.0)))
+    classes = {"fast": ServiceClass(min_tokens_per_s=150.0)}  # 1.5 tokens in a round of 10 ms
+    speculation = experienced(dear, 3, [0.1] * GAMMA, "auto", classes)
+    gate = speculation._gate
+    assert gate is not None
+    assert gate.usual_size == 0
+    for _ in range(80):
+        speculation.classes.learn(10.0)  # rounds without drafts, since it is closed
+    names = ["", "fast", ""]
+    decoding = [ready(i, classes.get(name, ServiceClass())) for i, name in enumerate(names)]
+    assert speculation._sizes(decoding, 0, StepPlan(), gate) == [0, GAMMA, 0]
+    slower = [ready(0, ServiceClass(min_tokens_per_s=50.0))]  # a plain step is fast enough
+    assert speculation._sizes(slower, 0, StepPlan(), gate) == [0]
 
 
 def test_padded_shapes_are_planned_for_asynchronously() -> None:

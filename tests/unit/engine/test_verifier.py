@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dspark.engine import exchange
+from dspark.engine import exchange, verifier
 from dspark.engine.draft_link import DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
 from dspark.engine.dspark_blocks import DSparkBlocks
@@ -359,6 +360,17 @@ def continuation(prompt: tuple[int, ...]) -> list[int]:
     return run(engine, [Request("truth", prompt, GREEDY)]).tokens["truth"]
 
 
+class SteppingClock:
+    """Rounds take drawn times: the machine's own would steer what hypothesis wants to repeat."""
+
+    def __init__(self) -> None:
+        self._now, self._rng = 0.0, random.Random(0)
+
+    def perf_counter(self) -> float:
+        self._now += self._rng.uniform(0.5e-3, 2e-3)
+        return self._now
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Random requests, steps, budgets and aborts on few pages: who is preempted, and who shares a
     prefix, shows in nobody's tokens, and every page has the holders that it should.
@@ -366,6 +378,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.clock = mock.patch.object(verifier, "time", SteppingClock())
+        self.clock.start()
         self.link = RecordingLink(tiny_drafter(TARGET), num_pages=12)  # too few: some are evicted
         self.engine = tiny_engine(
             TARGET, tiny_drafter(TARGET), link=self.link, cache_tokens=112, max_requests=4
@@ -437,6 +451,12 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.link.engine.held.names <= self.live.keys()
 
     def teardown(self) -> None:
+        try:
+            self.end()
+        finally:
+            self.clock.stop()
+
+    def end(self) -> None:
         while self.engine.has_work:
             self.take(self.engine.step())
         assert not self.live
