@@ -75,7 +75,7 @@ class Speculation:
         self._gate: DraftGate | None = None
         self._policy: DraftPolicy | None = None
         self._judges: tuple[tuple[RoundTimes, DraftGate], ...] | None = None  # see _turn_to
-        self._plan = StepPlan(policy=VerificationPolicy(config.policy))
+        self._plan = _own_plan(config)
         self._plan_until = math.inf
         self._asked = 0  # length of blocks asked for in the round that ends with the next step
         self._narrow = False  # and that they are for a few of the requests
@@ -123,7 +123,7 @@ class Speculation:
     @property
     def _current_plan(self) -> StepPlan:
         if time.monotonic() > self._plan_until:
-            self._plan = StepPlan(policy=VerificationPolicy(self._config.policy))
+            self._plan = _own_plan(self._config)
             self._plan_until = math.inf
         return self._plan
 
@@ -337,7 +337,7 @@ class Speculation:
         for sequence in drafted:
             sequence.prospect.left_out = False
         by_request = drafted and gate is not None and size and size == gate.usual_size
-        if by_request and self._policy is not None and self._config.draft_by_request:
+        if by_request and self._policy is not None and not plan.draft_for_all:
             weights = self.classes.weights(drafted)
             chosen = self._policy.sizes([s.prospect for s in drafted], size, weights=weights)
             for i, wanted in zip(at, chosen, strict=True):
@@ -377,6 +377,13 @@ class Speculation:
             self._asked = size
             if self._gate is not None:
                 self._gate.record(survivals)
+
+
+def _own_plan(config: EngineConfig) -> StepPlan:
+    """What holds while nobody plans for us."""
+    return StepPlan(
+        policy=VerificationPolicy(config.policy), draft_for_all=not config.draft_by_request
+    )
 
 
 def _search(sequences: Seq[Sequence]) -> Search:

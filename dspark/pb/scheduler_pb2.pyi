@@ -180,20 +180,22 @@ class CalibrationTable(_message.Message):
     def __init__(self, temperatures: _Optional[_Iterable[float]] = ..., block_size: _Optional[int] = ..., drafter_fingerprint: _Optional[str] = ..., blocks: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("epoch", "policy", "block_size", "max_draft_tokens", "valid_for_ms", "calibration")
+    __slots__ = ("epoch", "policy", "block_size", "max_draft_tokens", "valid_for_ms", "calibration", "draft_for_all")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VALID_FOR_MS_FIELD_NUMBER: _ClassVar[int]
     CALIBRATION_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FOR_ALL_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     policy: VerificationPolicy
     block_size: int
     max_draft_tokens: int
     valid_for_ms: int
     calibration: CalibrationTable
-    def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[_Union[VerificationPolicy, str]] = ..., block_size: _Optional[int] = ..., max_draft_tokens: _Optional[int] = ..., valid_for_ms: _Optional[int] = ..., calibration: _Optional[_Union[CalibrationTable, _Mapping]] = ...) -> None: ...
+    draft_for_all: bool
+    def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[_Union[VerificationPolicy, str]] = ..., block_size: _Optional[int] = ..., max_draft_tokens: _Optional[int] = ..., valid_for_ms: _Optional[int] = ..., calibration: _Optional[_Union[CalibrationTable, _Mapping]] = ..., draft_for_all: bool = ...) -> None: ...
 
 class DescribeClusterRequest(_message.Message):
     __slots__ = ()

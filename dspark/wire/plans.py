@@ -135,6 +135,7 @@ def plan_to_pb(
         policy=_POLICY_NUMBERS[plan.policy],
         block_size=plan.block_size,
         max_draft_tokens=plan.max_draft_tokens,
+        draft_for_all=plan.draft_for_all,
         valid_for_ms=round(plan.valid_for_s * 1000),
         calibration=None if calibration is None else table_to_pb(calibration),
     )
@@ -154,5 +155,6 @@ def plan_from_pb(message: scheduler_pb2.StepPlan) -> StepPlan:
         policy=policy,
         block_size=message.block_size,
         max_draft_tokens=message.max_draft_tokens,
+        draft_for_all=message.draft_for_all,
         valid_for_s=message.valid_for_ms / 1000,
     )

@@ -20,5 +20,6 @@ def plan_for(engine: EngineConfig, epoch: int) -> StepPlan:
         epoch=epoch,
         policy=VerificationPolicy(engine.policy),
         block_size=engine.block_size,
+        draft_for_all=not engine.draft_by_request,
         valid_for_s=VALID_FOR_S,
     )

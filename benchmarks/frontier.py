@@ -1,0 +1,106 @@
+"""The paper's Figures 7 and 8 on this machine: what speed costs, and what is verified, by load.
+
+    python benchmarks/frontier.py --out frontier/ [--concurrency 1,2,4,8,16,32,64] [--rounds 10]
+
+Arms take turns of a second, as in `dspark bench`: plain decoding, one draft token (what an MTP head
+brings), whole blocks, adaptive. Writes frontier.json, and with the extra `bench` figure7.png
+(throughput against the speed of one user) and figure8.png (verified draft tokens a request and
+step, against concurrency).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+from dspark.cli.bench import PROMPTS
+from dspark.config import EngineConfig
+from dspark.engine.llm import LLM
+from dspark.evaluation.plots import Point, plot_lines, require_matplotlib
+from dspark.evaluation.prompts import read_prompts
+from dspark.evaluation.provenance import provenance
+from dspark.evaluation.throughput import ThroughputCell, measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--drafter", default="", help="default: the one shipped for the target")
+    parser.add_argument("--concurrency", default="1,2,4,8,16,32,64")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--prompts", type=Path, help="JSONL; default: those of dspark bench")
+    options = parser.parse_args()
+    levels = [int(part) for part in options.concurrency.split(",")]
+    require_matplotlib()
+    options.out.mkdir(parents=True, exist_ok=True)
+    engine = EngineConfig(max_requests=max(levels), cache_tokens=512 * max(64, max(levels)))
+    llm = LLM(options.target, options.drafter, engine=engine)
+    if not llm.speculative:
+        sys.exit(f"nothing drafts for {options.target!r}: name a drafter with --drafter")
+    prompts = read_prompts(options.prompts) if options.prompts else list(PROMPTS)
+    llm.generate(prompts[:1])  # first-use costs are nobody's throughput
+    cells = measure(
+        llm,
+        prompts,
+        concurrencies=levels,
+        max_tokens=options.tokens,
+        rounds=options.rounds,
+        fixed_lengths=(1, 0),
+    )
+    result = {"cells": [asdict(cell) for cell in cells], **provenance()}
+    (options.out / "frontier.json").write_text(json.dumps(result, indent=2))
+    draw(cells, options.out)
+    print_table(cells)
+
+
+def draw(cells: list[ThroughputCell], folder: Path) -> None:
+    """Both figures."""
+    arms: dict[str, list[ThroughputCell]] = {}
+    for cell in cells:
+        arms.setdefault(cell.arm, []).append(cell)
+    plot_lines(
+        {
+            arm: [
+                Point(c.tokens_per_s / c.concurrency, c.tokens_per_s, str(c.concurrency))
+                for c in of_arm
+            ]
+            for arm, of_arm in arms.items()
+        },
+        folder / "figure7.png",
+        title="throughput against the speed of one user, by users",
+        x_label="tokens/s of one user",
+        y_label="tokens/s of all",
+    )
+    plot_lines(
+        {
+            arm: [Point(c.concurrency, c.verified_per_step) for c in of_arm]
+            for arm, of_arm in arms.items()
+        },
+        folder / "figure8.png",
+        title="draft tokens verified a request and step",
+        x_label="users",
+        y_label="draft tokens",
+    )
+
+
+def print_table(cells: list[ThroughputCell]) -> None:
+    """As docs/benchmarks.md has it."""
+    print("| users | arm | tokens/s | of one user | against off | τ | verified a step |")
+    print("|---|---|---|---|---|---|---|")
+    for _, group in groupby(cells, key=lambda cell: cell.concurrency):
+        for c in group:
+            print(
+                f"| {c.concurrency} | {c.arm} | {c.tokens_per_s:.1f} "
+                f"| {c.tokens_per_s / c.concurrency:.1f} | {c.against_off:.2f} "
+                f"| {c.accepted_length:.2f} | {c.verified_per_step:.2f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
