@@ -127,7 +127,7 @@ class DraftConfig:
     """Bounds of a draft replica."""
 
     cache_tokens: int = 65536  # positions of context, over all sessions
-    max_batch_works: int = 64  # works drafted for together
+    max_batch_works: int = 64  # works drafted for together; one verifier's batch is not split
     max_streams: int = 32  # verifiers served at once
 
 

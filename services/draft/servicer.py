@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -23,6 +24,21 @@ from dspark.wire.drafts import proposal_to_pb, resync_to_pb, work_from_pb
 log = logging.getLogger(__name__)
 
 CREDITS = 4
+MAX_WEIGHT = 16
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One verifier's."""
+
+    client: int
+    weight: int
+    unanswered: int = 0  # batches
+    outgoing: asyncio.Queue[pb.ReplyBatch] = field(default_factory=asyncio.Queue)
+
+    def answer(self, reply: pb.ReplyBatch) -> None:
+        self.unanswered -= 1
+        self.outgoing.put_nowait(reply)
 
 
 class DraftServicer(draft_pb2_grpc.DraftServicer):
@@ -54,25 +70,27 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
     ) -> None:
         """Serve one verifier until its stream ends; then forget its sessions."""
         try:
-            self._greet(await anext(request_iterator, None))
+            weight = self._greet(await anext(request_iterator, None))
         except (ProtocolError, OverloadedError) as error:
             await abort(context, error)
-        client = next(self._clients)
+        stream = _Stream(next(self._clients), weight)
         self._open += 1
-        outgoing: asyncio.Queue[pb.ReplyBatch] = asyncio.Queue()
-        writer = asyncio.create_task(self._write(context, outgoing))
+        writer = asyncio.create_task(self._write(context, stream.outgoing))
         try:
             async for message in request_iterator:
                 if message.HasField("work"):
-                    self._take(client, message.work, outgoing)
+                    self._take(stream, message.work)
                 elif message.HasField("free"):
-                    self._worker.free(client, list(message.free.sessions))
+                    self._worker.free(stream.client, list(message.free.sessions))
+        except ProtocolError as error:
+            await abort(context, error)
         finally:
             self._open -= 1
             writer.cancel()
-            self._worker.free(client, None)
+            self._worker.free(stream.client, None)
 
-    def _greet(self, first: pb.ConnectRequest | None) -> None:
+    def _greet(self, first: pb.ConnectRequest | None) -> int:
+        """The verifier's weight; ProtocolError or OverloadedError if it cannot be served."""
         if first is None or not first.HasField("hello"):
             raise ProtocolError("the first message of a stream must be a hello")
         hello = first.hello
@@ -86,9 +104,12 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
                 f"this draft service hosts drafter {self._fingerprint}, the verifier is set up "
                 f"for {hello.drafter_fingerprint}: give both the same checkpoint"
             )
+        if hello.weight > MAX_WEIGHT:
+            raise ProtocolError(f"weight must be at most {MAX_WEIGHT}; got {hello.weight}")
         if self._open >= self._max_streams:
             raise OverloadedError(f"{self._open} verifiers are connected, the most allowed")
         log.info("verifier %s connected", hello.verifier)
+        return max(1, hello.weight)
 
     async def _write(
         self, context: grpc.aio.ServicerContext, outgoing: asyncio.Queue[pb.ReplyBatch]
@@ -98,9 +119,13 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
         while True:
             await context.write(pb.ConnectResponse(reply=await outgoing.get()))
 
-    def _take(
-        self, client: int, batch: pb.WorkBatch, outgoing: asyncio.Queue[pb.ReplyBatch]
-    ) -> None:
+    def _take(self, stream: _Stream, batch: pb.WorkBatch) -> None:
+        if stream.unanswered >= CREDITS:
+            raise ProtocolError(
+                f"{CREDITS} work batches may be unanswered at a time, and another one came: wait "
+                "for a reply before sending more"
+            )
+        stream.unanswered += 1
         works: list[DraftWork] = []
         for message in batch.works[:MAX_WORKS]:
             try:
@@ -115,6 +140,6 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
                 proposals=[proposal_to_pb(p) for p in proposals],
                 resyncs=[resync_to_pb(r) for r in resyncs],
             )
-            loop.call_soon_threadsafe(outgoing.put_nowait, reply)
+            loop.call_soon_threadsafe(stream.answer, reply)
 
-        self._worker.submit(client, works, answer)
+        self._worker.submit(stream.client, works, answer, stream.weight)

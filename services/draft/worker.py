@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,9 +10,12 @@ from dataclasses import dataclass, replace
 
 from dspark.engine.drafting import DraftEngine
 from dspark.engine.threads import use_all_threads
+from dspark.scheduling.fair_queue import FairQueue
 from dspark.types import BlockProposal, DraftWork, ResyncRequest
 
 log = logging.getLogger(__name__)
+
+_KEPT = 0.95  # of what is known of the speed, at each run
 
 Answer = Callable[[list[BlockProposal], list[ResyncRequest]], None]
 
@@ -32,7 +34,7 @@ class _Free:
 
 
 class DraftWorker:
-    """Runs work in arrival order, all that is waiting at once, up to `max_batch_works`.
+    """Runs what is waiting at once, up to `max_batch_works`, and lets no client starve another.
 
     Sessions belong to the client (the stream) that made them: a verifier can neither see nor free
     another's, even when both name one request.
@@ -44,62 +46,86 @@ class DraftWorker:
         self._engine = engine
         self._max_batch_works = max_batch_works
         self._on_failure = on_failure
-        self._queue: queue.SimpleQueue[_Job | _Free | None] = queue.SimpleQueue()
+        self._wake = threading.Condition()  # guards the next three
+        self._queue: FairQueue[_Job | _Free] = FairQueue()
+        self._most_waiting = 0  # works behind a run, since it was last asked
+        self._stopping = False
         self._sessions: dict[int, set[str]] = {}
         self._thread = threading.Thread(target=self._run, name="draft-engine", daemon=True)
         self.failure: BaseException | None = None
         self.busy_s = 0.0  # spent on work since the start
+        self._works = self._works_s = 0.0  # done lately, and the time that they took
 
     @property
     def sessions(self) -> int:
         """Sessions that hold context."""
         return self._engine.sessions
 
+    @property
+    def works_per_s(self) -> float:
+        """Works done lately in a second of work; 0 before the first."""
+        return self._works / self._works_s if self._works_s else 0.0
+
+    def most_waiting(self) -> int:
+        """The most works that waited behind a run since the last call."""
+        with self._wake:
+            most, self._most_waiting = self._most_waiting, self._queue.works
+            return most
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish what is under way and end the thread."""
-        self._queue.put(None)
+        """Finish what is under way and what waits, and end the thread."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
         self._thread.join()
 
-    def submit(self, client: int, works: Sequence[DraftWork], answer: Answer) -> None:
-        """Run `works`; `answer` is called on the worker's thread and must not block."""
-        self._queue.put(_Job(client, works, answer))
+    def submit(
+        self, client: int, works: Sequence[DraftWork], answer: Answer, weight: int = 1
+    ) -> None:
+        """Run `works`; `answer` is called on the worker's thread and must not block.
+
+        `weight`: of the client, where others have work waiting too.
+        """
+        with self._wake:
+            self._queue.put(client, _Job(client, works, answer), max(1, len(works)), weight)
+            self._wake.notify()
 
     def free(self, client: int, sessions: Sequence[str] | None) -> None:
-        """Forget sessions of a client; None forgets the client."""
-        self._queue.put(_Free(client, sessions))
+        """Forget sessions of a client, after the work before; None forgets the client, at once."""
+        with self._wake:
+            if sessions is None:
+                self._queue.drop(client)
+            self._queue.put(client, _Free(client, sessions), 0)
+            self._wake.notify()
 
     def _run(self) -> None:
         use_all_threads()
         try:
-            waiting: _Job | _Free | None
-            carried: list[_Job | _Free | None] = []
-            while True:
-                waiting = carried.pop() if carried else self._queue.get()
-                if waiting is None:
-                    return
-                if isinstance(waiting, _Free):
-                    self._forget(waiting)
-                    continue
-                jobs, count = [waiting], len(waiting.works)
-                while count < self._max_batch_works:
-                    try:
-                        following = self._queue.get_nowait()
-                    except queue.Empty:
-                        break
-                    if not isinstance(following, _Job):
-                        carried.append(following)  # frees keep their place in the order
-                        break
-                    jobs.append(following)
-                    count += len(following.works)
-                self._run_jobs(jobs)
+            while run := self._next_run():
+                jobs = [one for one in run if isinstance(one, _Job)]
+                before, after = _frees(run)
+                for free in before:
+                    self._forget(free)
+                if jobs:
+                    self._run_jobs(jobs)
+                for free in after:
+                    self._forget(free)
         except Exception as error:
             log.exception("the draft engine failed")
             self.failure = error
             self._on_failure(error)
+
+    def _next_run(self) -> list[_Job | _Free]:
+        """Empty when it is time to stop."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._queue or self._stopping)
+            run = self._queue.take(self._max_batch_works)
+            self._most_waiting = max(self._most_waiting, self._queue.works)
+            return run
 
     def _run_jobs(self, jobs: list[_Job]) -> None:
         works: list[DraftWork] = []
@@ -111,7 +137,10 @@ class DraftWorker:
                 works.append(replace(work, fence=inside))
         started = time.monotonic()
         proposals, resyncs = self._engine.run(works)
-        self.busy_s += time.monotonic() - started
+        took = time.monotonic() - started
+        self.busy_s += took
+        self._works = _KEPT * self._works + len(works)
+        self._works_s = _KEPT * self._works_s + took
         for job in jobs:
             job.answer(
                 [
@@ -137,6 +166,17 @@ class DraftWorker:
         known -= gone
         if not known:
             self._sessions.pop(free.client, None)
+
+
+def _frees(run: Sequence[_Job | _Free]) -> tuple[list[_Free], list[_Free]]:
+    """Those to be done before the run's jobs, and those after: behind a job of their client."""
+    before, after, begun = list[_Free](), list[_Free](), set[int]()
+    for one in run:
+        if isinstance(one, _Job):
+            begun.add(one.client)
+        else:
+            (after if one.client in begun else before).append(one)
+    return before, after
 
 
 def _inside(client: int, session: str) -> str:

@@ -3,81 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
 import pytest
 import torch
-from helpers.tiny import (
-    Tally,
-    run,
-    tiny_causal_drafter,
-    tiny_drafter,
-    tiny_engine,
-    tiny_target,
-)
+from helpers.draft_services import TARGET, WEIGHTS, Silent, draft_service, serving, worker
+from helpers.tiny import Tally, run, tiny_causal_drafter, tiny_drafter, tiny_engine
 
 from dspark.engine.autoregressive import AutoregressiveBlocks
-from dspark.engine.drafting import DraftEngine, Drafter
-from dspark.engine.dspark_blocks import DSparkBlocks
+from dspark.engine.drafting import Drafter
 from dspark.engine.lookup import PromptLookup
 from dspark.pb import draft_pb2 as pb
 from dspark.pb import draft_pb2_grpc
 from dspark.rpc import draft_link
 from dspark.rpc.draft_link import PROTOCOL_VERSION, RemoteDraftLink
-from dspark.rpc.server import ReplicaServer
-from dspark.services.draft.servicer import CREDITS, DraftServicer
-from dspark.services.draft.worker import DraftWorker
+from dspark.services.draft.servicer import CREDITS, MAX_WEIGHT, DraftServicer
 from dspark.types import DraftWork, Fence, Request, SamplingParams
 from dspark.wire.drafts import work_to_pb
 
-WEIGHTS = "w"
-TARGET = tiny_target()
 REQUESTS = [
     Request(str(i), tuple(range(1, 4 + i)), SamplingParams(temperature=t, max_tokens=100, seed=i))
     for i, t in enumerate((0.0, 0.0, 1.0))
 ]
 GREEDY = REQUESTS[:2]
-
-
-def dspark() -> Drafter:
-    return DSparkBlocks(tiny_drafter(TARGET))
-
-
-@contextmanager
-def worker(
-    drafter: Callable[[], Drafter] = dspark,
-) -> Iterator[tuple[DraftWorker, DraftEngine]]:
-    engine = DraftEngine(drafter(), num_pages=64)
-    made = DraftWorker(engine, 64, lambda error: None)
-    made.start()
-    yield made, engine
-    made.stop()
-    assert made.failure is None
-    assert engine.sessions == 0, "a stream ended and left sessions behind"
-
-
-@asynccontextmanager
-async def serving(servicer: Any, port: int = 0) -> AsyncIterator[str]:
-    server = ReplicaServer()
-    draft_pb2_grpc.add_DraftServicer_to_server(servicer, server.server)
-    port = await server.start("127.0.0.1", port, [pb.DESCRIPTOR.services_by_name["Draft"]])
-    yield f"127.0.0.1:{port}"
-    await server.stop(0)
-
-
-@asynccontextmanager
-async def draft_service(
-    port: int = 0, drafter: Callable[[], Drafter] = dspark
-) -> AsyncIterator[str]:
-    with worker(drafter) as (made, engine):
-        servicer = DraftServicer(
-            made, engine, incarnation="d", drafter_fingerprint=WEIGHTS, max_streams=4
-        )
-        async with serving(servicer, port) as address:
-            yield address
 
 
 @asynccontextmanager
@@ -207,6 +158,16 @@ async def test_blocks_are_looked_up_while_the_draft_service_is_gone() -> None:
             ),
             "same checkpoint",
         ),
+        (
+            pb.ConnectRequest(
+                hello=pb.Hello(
+                    protocol_version=PROTOCOL_VERSION,
+                    drafter_fingerprint=WEIGHTS,
+                    weight=MAX_WEIGHT + 1,
+                )
+            ),
+            "weight must be at most",
+        ),
     ],
 )
 async def test_who_does_not_fit_is_refused(first: pb.ConnectRequest, match: str) -> None:
@@ -252,6 +213,21 @@ async def test_one_bad_work_costs_nobody_else_anything() -> None:
         assert sorted(p.fence.session for p in reply.proposals) == ["a", "b"]
 
 
+async def test_who_sends_more_than_its_credits_is_cut_off() -> None:
+    with worker(start=False) as (made, engine):
+        servicer = DraftServicer(
+            made, engine, incarnation="d", drafter_fingerprint=WEIGHTS, max_streams=4
+        )
+        async with serving(servicer) as address, raw_stream(address) as call:
+            for sequence in range(CREDITS + 1):
+                batch = pb.WorkBatch(sequence=sequence, works=[work("a", 1)])
+                await call.write(pb.ConnectRequest(work=batch))
+            assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert "unanswered" in (await call.details())
+        made.start()
+    assert not made.most_waiting(), "the work of a stream that has ended was done"
+
+
 async def test_two_verifiers_may_use_one_name() -> None:
     async with (
         draft_service() as address,
@@ -271,17 +247,6 @@ async def test_two_verifiers_may_use_one_name() -> None:
         assert len((await second.read()).reply.proposals) == 1
         await first.write(batch)  # its own session is gone: it is asked for everything
         assert [r.have_len for r in (await first.read()).reply.resyncs] == [0]
-
-
-class Silent(draft_pb2_grpc.DraftServicer):
-    """Welcomes everyone, answers nothing."""
-
-    async def Connect(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
-        await anext(request_iterator)
-        welcome = pb.Welcome(draft="silent", block_size=4, credits=1000)
-        await context.write(pb.ConnectResponse(welcome=welcome))
-        async for _ in request_iterator:
-            pass
 
 
 async def test_a_silent_draft_service_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
