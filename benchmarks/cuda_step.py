@@ -399,7 +399,7 @@ class KnowingLink:
         replies, self._replies = self._replies, DraftReplies()
         return replies
 
-    def missed(self) -> None:
+    def missed(self, sessions: Iterable[str]) -> None:
         pass
 
 

@@ -186,6 +186,7 @@ class StepPlan:
     max_draft_tokens: int = 0  # ceiling K on draft tokens in one step; 0: no ceiling
     valid_for_s: float = 10.0
     draft_for_all: bool = False  # adaptive: also for requests whose own blocks would not pay
+    max_blocks: int = 0  # most requests to draft for in one round; 0: no bound
 
 
 @dataclass(frozen=True, slots=True)

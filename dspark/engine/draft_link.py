@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
+
 from dspark.engine.drafting import DraftEngine
+from dspark.kernels.transfer import to_host
 from dspark.types import BlockProposal, DraftWork, Fence, ResyncRequest
 
 
@@ -43,8 +46,8 @@ class DraftLink(Protocol):
     def collect(self, wait_s: float) -> DraftReplies:
         """Replies so far; if there are none, waits for the next."""
 
-    def missed(self) -> None:
-        """Blocks did not come by their deadline and are no longer waited for."""
+    def missed(self, sessions: Iterable[str]) -> None:
+        """Blocks of these did not come by their deadline and are no longer waited for."""
 
 
 class LocalDraftLink:
@@ -78,5 +81,12 @@ class LocalDraftLink:
         replies, self._replies = self._replies, DraftReplies()
         return replies
 
-    def missed(self) -> None:
+    def missed(self, sessions: Iterable[str]) -> None:
         """Cannot happen here."""
+
+
+def on_host(works: Sequence[DraftWork]) -> list[DraftWork]:
+    """The works with their features in the host's memory, from a GPU in one copy, as bfloat16."""
+    (rows,) = to_host([torch.cat([w.features for w in works]).to(torch.bfloat16)])
+    parts = rows.split([len(work.features) for work in works])
+    return [replace(w, features=part) for w, part in zip(works, parts, strict=True)]

@@ -69,7 +69,7 @@ class DraftExchange:
                 sequence.wanted_block = None
             if overdue:
                 self.missed += len(overdue)
-                self._link.missed()
+                self._link.missed([sequence.session for sequence in overdue])
                 under_way = [s for s in under_way if s.wanted_block is not None]
             if not under_way:
                 break

@@ -339,7 +339,9 @@ class Speculation:
         by_request = drafted and gate is not None and size and size == gate.usual_size
         if by_request and self._policy is not None and not plan.draft_for_all:
             weights = self.classes.weights(drafted)
-            chosen = self._policy.sizes([s.prospect for s in drafted], size, weights=weights)
+            chosen = self._policy.sizes(
+                [s.prospect for s in drafted], size, weights=weights, most_blocks=plan.max_blocks
+            )
             for i, wanted in zip(at, chosen, strict=True):
                 sizes[i] = wanted
         floors = self.classes.wanted(drafted)
@@ -350,6 +352,11 @@ class Speculation:
                 if wanted > 0.0 and not sizes[i]:
                     sizes[i], self._narrow = whole, self._narrow or not size
                     sequences[i].prospect.left_out = False
+        if 0 < plan.max_blocks < len(at):
+            # What such a round takes says nothing of one with blocks for all who would have one.
+            self._narrow = any(sizes)
+            for i in [i for i in at if sizes[i]][plan.max_blocks :]:
+                sizes[i] = 0
         return sizes
 
     def free(self, session: str) -> None:

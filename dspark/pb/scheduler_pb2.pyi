@@ -46,16 +46,22 @@ class Replica(_message.Message):
     def __init__(self, role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., drafter_fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "free_pages", "total_pages")
+    __slots__ = ("running", "waiting", "free_pages", "total_pages", "busy_share", "queued_works", "works_per_s")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_PAGES_FIELD_NUMBER: _ClassVar[int]
+    BUSY_SHARE_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_WORKS_FIELD_NUMBER: _ClassVar[int]
+    WORKS_PER_S_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     free_pages: int
     total_pages: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ...) -> None: ...
+    busy_share: float
+    queued_works: int
+    works_per_s: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., busy_share: _Optional[float] = ..., queued_works: _Optional[int] = ..., works_per_s: _Optional[float] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("replica", "load", "draining")
@@ -67,15 +73,23 @@ class HeartbeatRequest(_message.Message):
     draining: bool
     def __init__(self, replica: _Optional[_Union[Replica, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ...) -> None: ...
 
-class HeartbeatResponse(_message.Message):
-    __slots__ = ("lease_ms", "draft", "verifiers")
-    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+class DraftShare(_message.Message):
+    __slots__ = ("draft", "share")
     DRAFT_FIELD_NUMBER: _ClassVar[int]
-    VERIFIERS_FIELD_NUMBER: _ClassVar[int]
-    lease_ms: int
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     draft: Replica
+    share: float
+    def __init__(self, draft: _Optional[_Union[Replica, _Mapping]] = ..., share: _Optional[float] = ...) -> None: ...
+
+class HeartbeatResponse(_message.Message):
+    __slots__ = ("lease_ms", "verifiers", "drafts")
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    VERIFIERS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    lease_ms: int
     verifiers: _containers.RepeatedCompositeFieldContainer[Replica]
-    def __init__(self, lease_ms: _Optional[int] = ..., draft: _Optional[_Union[Replica, _Mapping]] = ..., verifiers: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ...) -> None: ...
+    drafts: _containers.RepeatedCompositeFieldContainer[DraftShare]
+    def __init__(self, lease_ms: _Optional[int] = ..., verifiers: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., drafts: _Optional[_Iterable[_Union[DraftShare, _Mapping]]] = ...) -> None: ...
 
 class PlaceRequest(_message.Message):
     __slots__ = ("request_id", "model", "prompt_tokens", "max_tokens", "avoid_incarnations")
@@ -180,7 +194,7 @@ class CalibrationTable(_message.Message):
     def __init__(self, temperatures: _Optional[_Iterable[float]] = ..., block_size: _Optional[int] = ..., drafter_fingerprint: _Optional[str] = ..., blocks: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("epoch", "policy", "block_size", "max_draft_tokens", "valid_for_ms", "calibration", "draft_for_all")
+    __slots__ = ("epoch", "policy", "block_size", "max_draft_tokens", "valid_for_ms", "calibration", "draft_for_all", "max_blocks")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +202,7 @@ class StepPlan(_message.Message):
     VALID_FOR_MS_FIELD_NUMBER: _ClassVar[int]
     CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FOR_ALL_FIELD_NUMBER: _ClassVar[int]
+    MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     policy: VerificationPolicy
     block_size: int
@@ -195,7 +210,8 @@ class StepPlan(_message.Message):
     valid_for_ms: int
     calibration: CalibrationTable
     draft_for_all: bool
-    def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[_Union[VerificationPolicy, str]] = ..., block_size: _Optional[int] = ..., max_draft_tokens: _Optional[int] = ..., valid_for_ms: _Optional[int] = ..., calibration: _Optional[_Union[CalibrationTable, _Mapping]] = ..., draft_for_all: bool = ...) -> None: ...
+    max_blocks: int
+    def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[_Union[VerificationPolicy, str]] = ..., block_size: _Optional[int] = ..., max_draft_tokens: _Optional[int] = ..., valid_for_ms: _Optional[int] = ..., calibration: _Optional[_Union[CalibrationTable, _Mapping]] = ..., draft_for_all: bool = ..., max_blocks: _Optional[int] = ...) -> None: ...
 
 class DescribeClusterRequest(_message.Message):
     __slots__ = ()

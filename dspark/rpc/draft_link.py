@@ -12,14 +12,12 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import grpc
-import torch
 
-from dspark.engine.draft_link import DraftReplies
+from dspark.engine.draft_link import DraftReplies, on_host
 from dspark.errors import ProtocolError
-from dspark.kernels.transfer import to_host
 from dspark.pb import draft_pb2 as pb
 from dspark.pb import draft_pb2_grpc
 from dspark.rpc.options import channel_options
@@ -30,7 +28,7 @@ log = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = 1
 
-_FIRST_DEADLINE_S = 0.5  # before anything has been measured
+FIRST_DEADLINE_S = 0.5  # before anything has been measured
 _SHORTEST_DEADLINE_S = 0.01
 _DEADLINE_FACTOR = 4.0  # of the usual latency
 _LATENCY_WEIGHT = 0.1  # of the newest in the running mean
@@ -53,7 +51,14 @@ class _Asked:
 class RemoteDraftLink:
     """A DraftLink over gRPC. Make it on the event loop that will run the stream."""
 
-    def __init__(self, verifier: str, drafter_fingerprint: str, vocab_size: int) -> None:
+    def __init__(
+        self,
+        verifier: str,
+        drafter_fingerprint: str,
+        vocab_size: int,
+        *,
+        state: threading.Condition | None = None,  # None: its own; reentrant where links share one
+    ) -> None:
         self._hello = pb.Hello(
             protocol_version=PROTOCOL_VERSION,
             verifier=verifier,
@@ -65,14 +70,14 @@ class RemoteDraftLink:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         # What both sides touch, under one lock.
-        self._state = threading.Condition()
+        self._state = state or threading.Condition()
         self._outgoing: asyncio.Queue[pb.ConnectRequest] | None = None  # None: no stream
         self._credits = 0
         self._sequence = 0
         self._asked: dict[int, _Asked] = {}  # by batch, of batches that want blocks
         self._replies = DraftReplies()
         self._latency_s = 0.0
-        self._arrived = False  # a reply since the last look
+        self._news = False  # a reply, or the stream's end, since the last look
         self._misses = 0
         self._rest_s = _FIRST_REST_S
         self._rest_until = 0.0
@@ -83,8 +88,25 @@ class RemoteDraftLink:
     def available(self) -> bool:
         """Whether a stream is up, has room, and has not been late several times in a row."""
         with self._state:
-            up = self._outgoing is not None and self._credits > 0
-            return up and time.monotonic() >= self._rest_until
+            return self.usable and self._credits > 0
+
+    @property
+    def usable(self) -> bool:
+        """The same of one that may be full for the moment."""
+        with self._state:
+            return self._outgoing is not None and time.monotonic() >= self._rest_until
+
+    @property
+    def awaited(self) -> bool:
+        """Whether blocks are under way."""
+        with self._state:
+            return bool(self._asked)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether replies came, or blocks were lost, since the last `collect`."""
+        with self._state:
+            return self._news
 
     @property
     def latency_s(self) -> float:
@@ -99,15 +121,16 @@ class RemoteDraftLink:
             return self._deadline_s()
 
     def submit(self, works: Sequence[DraftWork]) -> None:
-        """Send one round's work, in batches of bounded size."""
+        """Send one round's work."""
+        self.send(on_host(works))
+
+    def send(self, works: Sequence[DraftWork]) -> None:
+        """Send work that is on the host, in batches of bounded size."""
         batch: list[pb.DraftWork] = []
         size = 0
         fences: set[Fence] = set()
-        # From a GPU, in one copy.
-        (rows,) = to_host([torch.cat([w.features for w in works]).to(torch.bfloat16)])
-        parts = rows.split([len(work.features) for work in works])
-        for work, part in zip(works, parts, strict=True):
-            message = work_to_pb(replace(work, features=part))
+        for work in works:
+            message = work_to_pb(work)
             if batch and size + message.ByteSize() > _MAX_BATCH_BYTES:
                 self._send_batch(batch, fences)
                 batch, size, fences = [], 0, set()
@@ -127,13 +150,13 @@ class RemoteDraftLink:
         """Replies so far; if there are none, waits for the next or the stream's end."""
         with self._state:
             if self._asked:
-                self._state.wait_for(lambda: self._arrived or self._outgoing is None, wait_s)
-            self._arrived = False
+                self._state.wait_for(lambda: self._news, wait_s)
+            self._news = False
             replies, self._replies = self._replies, DraftReplies()
             replies.pending = frozenset().union(*(asked.fences for asked in self._asked.values()))
             return replies
 
-    def missed(self) -> None:
+    def missed(self, sessions: Iterable[str]) -> None:
         """Count deadlines missed in a row; too many, and the link rests, longer each time."""
         with self._state:
             self._misses += 1
@@ -144,8 +167,8 @@ class RemoteDraftLink:
 
     def _deadline_s(self) -> float:
         if not self._latency_s:
-            return _FIRST_DEADLINE_S
-        return min(max(_DEADLINE_FACTOR * self._latency_s, _SHORTEST_DEADLINE_S), _FIRST_DEADLINE_S)
+            return FIRST_DEADLINE_S
+        return min(max(_DEADLINE_FACTOR * self._latency_s, _SHORTEST_DEADLINE_S), FIRST_DEADLINE_S)
 
     def _send_batch(self, works: list[pb.DraftWork], fences: set[Fence]) -> None:
         with self._state:
@@ -178,6 +201,11 @@ class RemoteDraftLink:
         if address != self._address:
             self._address = address
             self._changed.set()
+
+    @property
+    def address(self) -> str | None:
+        """The draft replica that it keeps a stream to."""
+        return self._address
 
     @property
     def connected(self) -> bool:
@@ -249,7 +277,7 @@ class RemoteDraftLink:
         with self._state:
             self._credits += 1
             self._rest_until = 0.0  # it answers, however late
-            self._arrived = True
+            self._news = True
             asked = self._asked.pop(reply.sequence, None)
             if asked is not None:
                 took = time.perf_counter() - asked.at
@@ -275,6 +303,7 @@ class RemoteDraftLink:
         with self._state:
             self._outgoing = None
             self._credits = 0
+            self._news = True
             self._asked.clear()
             self._state.notify_all()
 

@@ -2,9 +2,8 @@
 
 A replica is known by its incarnation, one for each start of its process, and forgotten when its
 lease runs out. Requests go to the least busy verifier; those placed since its last sign of life
-count too, so that a burst between two heartbeats spreads. Verifiers are paired with the draft
-replica that serves the fewest, and stay with it while it lives, unless another serves two fewer: so
-a draft replica that has been added gets its part.
+count too, so that a burst between two heartbeats spreads. Verifiers and the draft replicas of their
+drafter are paired evenly (dspark.scheduling.pairing), and pairs stay while that lasts.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dspark.errors import ModelNotFoundError, UnavailableError
+from dspark.scheduling.draft_quota import is_saturated
+from dspark.scheduling.pairing import Pair, pair
 
 
 class Role(StrEnum):
@@ -45,6 +46,10 @@ class Load:
     waiting: int = 0
     free_pages: int = 0
     total_pages: int = 0
+    # Of a draft replica, since its last heartbeat:
+    busy_share: float = 0.0  # of the time, spent on work
+    queued_works: int = 0  # the most that waited behind a run
+    works_per_s: float = 0.0  # of the time spent on them; 0: not known
 
 
 @dataclass(slots=True)
@@ -55,6 +60,7 @@ class Member:
     load: Load
     seen_at: float
     draining: bool = False
+    saturated: bool = False  # a draft replica that is asked for more than it can do
     placed: set[str] = field(default_factory=set)  # request ids since the last heartbeat
 
     @property
@@ -63,18 +69,27 @@ class Member:
         return self.load.running + self.load.waiting + len(self.placed)
 
 
+@dataclass(frozen=True, slots=True)
+class DraftShare:
+    """A draft replica, and the part of its work that is meant for one verifier."""
+
+    member: Member
+    share: float  # 0..1
+
+
 class Cluster:
     """Members with a lease."""
 
     def __init__(self, lease_s: float, clock: Callable[[], float]) -> None:
         self._lease_s, self._clock = lease_s, clock
         self._members: dict[str, Member] = {}
-        self._pairs: dict[str, str] = {}  # verifier incarnation -> draft incarnation
+        self._pairs: dict[str, frozenset[Pair]] = {}  # of incarnations, by drafter fingerprint
         self._models: set[str] = set()  # every model that was ever hosted
 
     def beat(self, replica: Replica, load: Load, draining: bool = False) -> None:
         """A sign of life: registers, renews, and takes the load's word for what was placed."""
-        if replica.incarnation not in self._members:
+        before = self._members.get(replica.incarnation)
+        if before is None:
             # A new process at an address means that the old one is gone.
             for old in [
                 name
@@ -84,7 +99,12 @@ class Cluster:
                 del self._members[old]
         if replica.role is Role.VERIFIER:
             self._models.add(replica.model)
-        self._members[replica.incarnation] = Member(replica, load, self._clock(), draining)
+        saturated = is_saturated(
+            load.busy_share, load.queued_works, before is not None and before.saturated
+        )
+        self._members[replica.incarnation] = Member(
+            replica, load, self._clock(), draining, saturated
+        )
 
     def members(self) -> list[Member]:
         """All with a lease."""
@@ -134,26 +154,26 @@ class Cluster:
         chosen.placed.add(request_id)
         return chosen.replica
 
-    def draft_for(self, verifier: str) -> Replica | None:
-        """The draft replica that a verifier shall connect to, if one fits."""
+    def drafts_for(self, verifier: str) -> list[DraftShare]:
+        """The draft replicas that a verifier shall connect to; none if none fits."""
         members = {m.replica.incarnation: m for m in self.members()}
         own = members.get(verifier)
         if own is None or not own.replica.drafter_fingerprint:
-            return None
-        self._pairs = {v: d for v, d in self._pairs.items() if v in members and d in members}
-        fitting = {
-            name: m
-            for name, m in members.items()
-            if m.replica.role is Role.DRAFT
-            and not m.draining
-            and m.replica.drafter_fingerprint == own.replica.drafter_fingerprint
-        }
-        paired = self._pairs.get(verifier)
-        if not fitting:
-            self._pairs.pop(verifier, None)
-            return None
-        taken = Counter(self._pairs.values())
-        fewest = min(fitting, key=lambda name: (taken[name], name))
-        if paired not in fitting or taken[paired] - taken[fewest] > 1:
-            paired = self._pairs[verifier] = fewest
-        return fitting[paired].replica
+            return []
+        weights = own.replica.drafter_fingerprint
+        fitting = [m for m in members.values() if m.replica.drafter_fingerprint == weights]
+        pairs = self._pairs[weights] = pair(
+            {m.replica.incarnation for m in fitting if m.replica.role is Role.VERIFIER},
+            {
+                m.replica.incarnation
+                for m in fitting
+                if m.replica.role is Role.DRAFT and not m.draining
+            },
+            self._pairs.get(weights, ()),
+        )
+        served = Counter(draft for _, draft in pairs)
+        return [
+            DraftShare(members[draft], 1.0 / served[draft])
+            for one, draft in sorted(pairs)
+            if one == verifier
+        ]

@@ -138,6 +138,7 @@ def plan_to_pb(
         draft_for_all=plan.draft_for_all,
         valid_for_ms=round(plan.valid_for_s * 1000),
         calibration=None if calibration is None else table_to_pb(calibration),
+        max_blocks=plan.max_blocks,
     )
 
 
@@ -157,4 +158,5 @@ def plan_from_pb(message: scheduler_pb2.StepPlan) -> StepPlan:
         max_draft_tokens=message.max_draft_tokens,
         draft_for_all=message.draft_for_all,
         valid_for_s=message.valid_for_ms / 1000,
+        max_blocks=message.max_blocks,
     )

@@ -54,7 +54,8 @@ class DraftReplica:
         assert folder is not None  # load_draft_engine has refused otherwise
         weights = fingerprint(folder)
         self._worker = DraftWorker(engine, config.draft.max_batch_works, self._failed)
-        self._busy = Share(0.0, time.monotonic())
+        self._busy = Share(0.0, time.monotonic())  # for autoscaling
+        self._busy_beat = Share(0.0, time.monotonic())  # for the scheduler
         self._worker.start()
         host = ray.util.get_node_ip_address()
         self._server = ReplicaServer()
@@ -78,7 +79,7 @@ class DraftReplica:
                 drafter_fingerprint=weights,
             ),
             locate=lambda: scheduler.grpc_address.remote(),
-            load=lambda: scheduler_pb2.Load(running=self._worker.sessions),
+            load=self._load,
             on_beat=lambda _: None,
             interval_s=config.scheduler.heartbeat_s,
         )
@@ -105,6 +106,15 @@ class DraftReplica:
         await self._server.stop(_DRAIN_S)
         await self._lease.stop()
         await asyncio.to_thread(self._worker.stop)
+
+    def _load(self) -> scheduler_pb2.Load:
+        worker = self._worker
+        return scheduler_pb2.Load(
+            running=worker.sessions,
+            busy_share=self._busy_beat.look(worker.busy_s, time.monotonic()),
+            queued_works=worker.most_waiting(),
+            works_per_s=worker.works_per_s,
+        )
 
     def _failed(self, error: BaseException) -> None:
         log.error("this replica asks to be replaced: %s", error)

@@ -14,12 +14,13 @@ VALID_FOR_S = 10.0
 RENEW_AFTER_S = VALID_FOR_S / 3  # two pushes may be lost before a plan lapses
 
 
-def plan_for(engine: EngineConfig, epoch: int) -> StepPlan:
-    """The plan that the configuration asks for."""
+def plan_for(engine: EngineConfig, epoch: int, max_blocks: int = 0) -> StepPlan:
+    """The plan that the configuration asks for, within a quota of blocks a round; 0: no bound."""
     return StepPlan(
         epoch=epoch,
         policy=VerificationPolicy(engine.policy),
         block_size=engine.block_size,
         draft_for_all=not engine.draft_by_request,
         valid_for_s=VALID_FOR_S,
+        max_blocks=max_blocks,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -16,6 +18,7 @@ from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
 from dspark.rpc.status import abort
 from dspark.scheduling.cluster import Cluster, Load, Member, Replica, Role
+from dspark.scheduling.draft_quota import max_blocks
 from dspark.services.scheduler.calibrations import Calibrations, Follower
 from dspark.services.scheduler.load_report import load_to_pb
 from dspark.services.scheduler.plans import RENEW_AFTER_S, plan_for
@@ -73,16 +76,17 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
     ) -> pb.HeartbeatResponse:
         """Renew a lease; answer what the replica needs to know of the others."""
         try:
-            replica = _replica(request.replica)
+            replica, load = _replica(request.replica), _load(request.load)
         except DSparkError as error:
             await abort(context, error)
-        self._cluster.beat(replica, _load(request.load), request.draining)
+        self._cluster.beat(replica, load, request.draining)
         await self._keep(replica.incarnation, request)
         answer = pb.HeartbeatResponse(lease_ms=round(self._config.scheduler.lease_s * 1000))
         if replica.role is Role.VERIFIER:
-            draft = self._cluster.draft_for(replica.incarnation)
-            if draft is not None:
-                answer.draft.CopyFrom(_replica_to_pb(draft))
+            answer.drafts.extend(
+                pb.DraftShare(draft=_replica_to_pb(one.member.replica), share=one.share)
+                for one in self._cluster.drafts_for(replica.incarnation)
+            )
         elif replica.role is Role.GATEWAY:
             answer.verifiers.extend(_replica_to_pb(m.replica) for m in self._cluster.verifiers())
         return answer
@@ -168,20 +172,25 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         while True:
             self._epoch += 1
             verifier.changed.clear()
-            plan = plan_for(self._config.engine, self._epoch)
+            plan = plan_for(
+                self._config.engine, self._epoch, self._draft_quota(verifier.incarnation)
+            )
             await context.write(plan_to_pb(plan, self._calibrations.table(verifier.incarnation)))
             with suppress(TimeoutError):
                 await asyncio.wait_for(verifier.changed.wait(), RENEW_AFTER_S)
 
+    def _draft_quota(self, verifier: str) -> int:
+        report = self._reports.get(verifier)
+        drafts = self._cluster.drafts_for(verifier)
+        if report is None or not all(one.member.saturated for one in drafts):
+            return 0
+        parts = [(one.share, one.member.load.works_per_s) for one in drafts]
+        return max_blocks(parts, report.step_ms / 1000)
+
     def _status(self, member: Member) -> pb.ReplicaStatus:
         return pb.ReplicaStatus(
             replica=_replica_to_pb(member.replica),
-            load=pb.Load(
-                running=member.load.running,
-                waiting=member.load.waiting,
-                free_pages=member.load.free_pages,
-                total_pages=member.load.total_pages,
-            ),
+            load=pb.Load(**asdict(member.load)),
             draining=member.draining,
             silent_ms=round(self._cluster.silent_s(member) * 1000),
         )
@@ -237,7 +246,21 @@ def _replica_to_pb(replica: Replica) -> pb.Replica:
 
 
 def _load(message: pb.Load) -> Load:
-    return Load(message.running, message.waiting, message.free_pages, message.total_pages)
+    if not 0.0 <= message.busy_share <= 1.0 or not 0.0 <= message.works_per_s < math.inf:
+        raise InvalidRequestError(
+            "a load needs a busy_share in 0..1 and a finite works_per_s; got "
+            f"{message.busy_share} and {message.works_per_s}",
+            param="load",
+        )
+    return Load(
+        message.running,
+        message.waiting,
+        message.free_pages,
+        message.total_pages,
+        message.busy_share,
+        message.queued_works,
+        message.works_per_s,
+    )
 
 
 def _bounded(name: str, text: str, limit: int) -> None:

@@ -14,13 +14,13 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from dspark.config import ServeConfig
-from dspark.engine.assembly import LoadedTarget, load_target, make_verifier
+from dspark.engine.assembly import load_target, make_verifier
 from dspark.engine.runner import EngineRunner
 from dspark.engine.threads import compute_apart
 from dspark.errors import UnavailableError
 from dspark.pb import scheduler_pb2, verifier_pb2, verifier_pb2_grpc
-from dspark.rpc.draft_link import RemoteDraftLink
 from dspark.rpc.lease import LeaseKeeper
+from dspark.rpc.pooled_draft_link import PooledDraftLink
 from dspark.rpc.server import ReplicaServer, check_serving
 from dspark.rpc.step_times import SharedStepTimes
 from dspark.scheduling.autoscaling.options import verifier_options
@@ -52,7 +52,11 @@ class VerifierReplica:
         model = replace(config.model, threads=config.model.threads or os.cpu_count() or 1)
         loaded = await compute_apart(load_target, model)
         self._servicer = VerifierServicer(model.target, asyncio.get_running_loop())
-        self._link = await self._make_link(loaded)
+        self._link: PooledDraftLink | None = None
+        if loaded.has_drafter:
+            self._link = PooledDraftLink(
+                self._incarnation, loaded.drafter_fingerprint, loaded.target.vocab_size
+            )
         shared = SharedStepTimes(lambda: scheduler.grpc_address.remote())
         engine = await compute_apart(
             make_verifier, loaded, config.engine, self._link, shared=shared
@@ -91,8 +95,6 @@ class VerifierReplica:
         )
         self._servicer.attach(self._runner)
         self._runner.start()
-        if self._link is not None:
-            self._link.start()
         self._lease.start()
         self._coordinator.start()
         log.info("verifier %s serves %s at %s", self._incarnation, model.target, self._address)
@@ -121,13 +123,6 @@ class VerifierReplica:
             await self._link.stop()
         await asyncio.to_thread(self._runner.stop)
 
-    async def _make_link(self, loaded: LoadedTarget) -> RemoteDraftLink | None:
-        if not loaded.has_drafter:
-            return None
-        return RemoteDraftLink(
-            self._incarnation, loaded.drafter_fingerprint, loaded.target.vocab_size
-        )
-
     def _load(self) -> scheduler_pb2.Load:
         running, waiting, free, total = self._runner.load
         return scheduler_pb2.Load(
@@ -135,9 +130,10 @@ class VerifierReplica:
         )
 
     def _heard(self, beat: scheduler_pb2.HeartbeatResponse) -> None:
-        # No draft assigned may only mean that the scheduler has just restarted: keep the peer.
-        if self._link is not None and beat.HasField("draft"):
-            self._link.set_peer(beat.draft.address)
+        shares = {one.draft.address: one.share for one in beat.drafts if 0.0 < one.share <= 1.0}
+        # No draft assigned may only mean that the scheduler has just restarted: keep the peers.
+        if self._link is not None and shares:
+            self._link.set_peers(shares)
 
 
 def deployment(config: ServeConfig, scheduler: Any) -> Any:

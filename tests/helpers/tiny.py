@@ -197,7 +197,7 @@ class ScriptedLink:
         ready, self._ready = self._ready, []
         return DraftReplies(ready)
 
-    def missed(self) -> None:
+    def missed(self, sessions: Iterable[str]) -> None:
         raise AssertionError("nothing is ever under way")
 
 

@@ -44,14 +44,20 @@ def replica(role: int, name: str, **fields: str) -> pb.HeartbeatRequest:
     )
 
 
+def busy_draft(name: str, **load: float) -> pb.HeartbeatRequest:
+    beat = replica(pb.ROLE_DRAFT, name)
+    beat.load.CopyFrom(pb.Load(**load))  # type: ignore[arg-type]
+    return beat
+
+
 async def test_heartbeats_introduce_replicas_to_each_other() -> None:
     async with scheduler() as (stub, _):
         alone = await stub.Heartbeat(replica(pb.ROLE_VERIFIER, "v"))
-        assert not alone.HasField("draft")
+        assert not alone.drafts
         assert alone.lease_ms == 5000
         await stub.Heartbeat(replica(pb.ROLE_DRAFT, "d"))
         paired = await stub.Heartbeat(replica(pb.ROLE_VERIFIER, "v"))
-        assert paired.draft.address == "d:1"
+        assert [(one.draft.address, one.share) for one in paired.drafts] == [("d:1", 1.0)]
         gateway = await stub.Heartbeat(replica(pb.ROLE_GATEWAY, "g", model=""))
         assert [v.incarnation for v in gateway.verifiers] == ["v"]
         placed = await stub.Place(pb.PlaceRequest(request_id="r", model="m"))
@@ -69,6 +75,10 @@ async def test_heartbeats_introduce_replicas_to_each_other() -> None:
         replica(pb.ROLE_VERIFIER, ""),
         replica(pb.ROLE_VERIFIER, "x" * 1000),
         replica(pb.ROLE_VERIFIER, "x", model=""),
+        busy_draft("x", busy_share=1.5),
+        busy_draft("x", busy_share=float("nan")),
+        busy_draft("x", works_per_s=float("inf")),
+        busy_draft("x", works_per_s=-1.0),
     ],
 )
 async def test_a_heartbeat_that_cannot_be_is_refused(bad: pb.HeartbeatRequest) -> None:
@@ -105,6 +115,52 @@ async def test_a_plan_is_pushed_at_once_and_reports_are_taken() -> None:
                 break
         assert await reported()
         call.cancel()
+
+
+async def quota(stub: scheduler_pb2_grpc.SchedulerStub, step_ms: float = 80.0) -> int:
+    """What the plan that answers a verifier's report allows."""
+    call = stub.Coordinate()
+    await call.read()
+    await call.write(pb.StepReport(incarnation="v", step=1, step_ms=step_ms))
+    plan = await call.read()
+    call.cancel()
+    return int(plan.max_blocks)
+
+
+TIRED = {"busy_share": 1.0, "queued_works": 9, "works_per_s": 100}
+
+
+async def test_a_quota_of_blocks_is_sent_while_the_draft_replica_is_saturated() -> None:
+    async with scheduler() as (stub, _):
+        for name in ("v", "w"):
+            await stub.Heartbeat(replica(pb.ROLE_VERIFIER, name))
+        assert await quota(stub) == 0
+        await stub.Heartbeat(busy_draft("d", **TIRED))
+        # In a step of 80 ms, at 100 a second, for the other verifier.
+        assert await quota(stub) == 8
+        await stub.Heartbeat(busy_draft("d", busy_share=0.3, works_per_s=100))
+        assert await quota(stub) == 0
+        seen = await stub.DescribeCluster(pb.DescribeClusterRequest())
+        (load,) = [s.load for s in seen.replicas if s.replica.role == pb.ROLE_DRAFT]
+        assert load == busy_draft("d", busy_share=0.3, works_per_s=100).load
+
+
+async def test_one_draft_replica_with_room_lifts_the_quota() -> None:
+    async with scheduler() as (stub, _):
+        await stub.Heartbeat(replica(pb.ROLE_VERIFIER, "v"))
+        await stub.Heartbeat(busy_draft("d", **TIRED))
+        await stub.Heartbeat(busy_draft("e", busy_share=0.1, works_per_s=100))
+        assert await quota(stub) == 0
+        await stub.Heartbeat(busy_draft("e", **TIRED))
+        assert await quota(stub) == 16
+
+
+@pytest.mark.parametrize("step_ms", [float("nan"), float("inf"), 0.0, -5.0, 1e30])
+async def test_a_step_time_that_cannot_be_gives_no_quota(step_ms: float) -> None:
+    async with scheduler() as (stub, _):
+        await stub.Heartbeat(replica(pb.ROLE_VERIFIER, "v"))
+        await stub.Heartbeat(busy_draft("d", **TIRED))
+        assert await quota(stub, step_ms) == 0
 
 
 async def test_a_report_without_a_name_ends_its_own_stream_only() -> None:

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 from helpers.tables import flat_table
-from helpers.tiny import ScriptedLink, tiny_engine, tiny_target
+from helpers.tiny import (
+    ScriptedLink,
+    Tally,
+    run,
+    tiny_drafter,
+    tiny_engine,
+    tiny_target,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +22,14 @@ from dspark.config import ServiceClass
 from dspark.engine.sequence import Sequence
 from dspark.engine.speculation import Round, Speculation
 from dspark.scheduling.step_table import StepTimeTable
-from dspark.types import BlockProposal, Fence, Request, SamplingParams, StepPlan
+from dspark.types import (
+    BlockProposal,
+    Fence,
+    Request,
+    SamplingParams,
+    StepPlan,
+    VerificationPolicy,
+)
 
 TARGET = tiny_target()
 GAMMA = 4
@@ -144,3 +158,23 @@ def test_padded_shapes_are_planned_for_asynchronously() -> None:
     padded = StepTimeTable((1, 8), (1, 2), (1,), (((1.0, 2.0), (1.0, 2.0)),), padded=(1, 2, 4, 8))
     assert experienced(padded, 2, [0.5] * GAMMA, "auto")._asynchronous
     assert not experienced(DENTED, 2, [0.5] * GAMMA, "auto")._asynchronous
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_no_more_requests_are_drafted_for_than_the_plan_allows(most: int) -> None:
+    drafter = tiny_drafter(TARGET)
+    requests = [
+        Request(str(i), (i + 1, 2, 3), SamplingParams(temperature=0.0, max_tokens=30 - 5 * i))
+        for i in range(4)
+    ]
+    engine = tiny_engine(TARGET, drafter)
+    engine.set_plan(StepPlan(policy=VerificationPolicy.FIXED, max_blocks=most))
+    for request in requests:
+        engine.add(request)
+    tally, drafted = Tally(), []
+    while engine.has_work:
+        results = engine.step()
+        tally.add(results)
+        drafted.append(sum(result.drafted > 0 for result in results))
+    assert max(drafted) == most
+    assert tally.tokens == run(tiny_engine(TARGET), requests).tokens

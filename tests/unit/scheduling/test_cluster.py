@@ -112,33 +112,56 @@ def test_a_new_process_at_an_address_replaces_the_old() -> None:
     assert [m.replica.incarnation for m in known.members()] == ["new"]
 
 
+def drafts(known: Cluster, verifier: str) -> dict[str, float]:
+    """Share by incarnation."""
+    shares = known.drafts_for(verifier)
+    return {one.member.replica.incarnation: one.share for one in shares}
+
+
 def test_pairs_are_balanced_and_stay() -> None:
     known, _ = cluster()
     for i in range(4):
         known.beat(verifier(f"v{i}"), Load())
     for name in ("d0", "d1"):
         known.beat(draft(name), Load())
-    first = {f"v{i}": known.draft_for(f"v{i}") for i in range(4)}
-    assert sorted(Counter(d.incarnation for d in first.values() if d).values()) == [2, 2]
-    assert {v: known.draft_for(v) for v in first} == first
+    first = {f"v{i}": drafts(known, f"v{i}") for i in range(4)}
+    assert sorted(Counter(d for shares in first.values() for d in shares).values()) == [2, 2]
+    assert all(list(shares.values()) == [0.5] for shares in first.values())
+    assert {v: drafts(known, v) for v in first} == first
     known.beat(draft("d2"), Load())  # takes one of them, and the others stay
-    second = {v: known.draft_for(v) for v in first}
-    assert [d for v, d in second.items() if d != first[v]] == [draft("d2")]
-    assert {v: known.draft_for(v) for v in first} == second
+    second = {v: drafts(known, v) for v in first}
+    assert [d for v, d in second.items() if d.keys() != first[v].keys()] == [{"d2": 1.0}]
+    assert {v: drafts(known, v) for v in first} == second
+
+
+def test_verifiers_have_several_draft_replicas_where_there_are_more_of_them() -> None:
+    known, clock = cluster()
+    for name in ("v0", "v1"):
+        known.beat(verifier(name), Load())
+    for i in range(5):
+        known.beat(draft(f"d{i}"), Load())
+    first = {name: drafts(known, name) for name in ("v0", "v1")}
+    assert sorted(len(shares) for shares in first.values()) == [2, 3]
+    assert set(first["v0"]) | set(first["v1"]) == {f"d{i}" for i in range(5)}
+    assert {share for shares in first.values() for share in shares.values()} == {1.0}
+    clock.now = LEASE_S + 1
+    known.beat(verifier("v0"), Load())
+    known.beat(draft("d0"), Load())
+    assert drafts(known, "v0") == {"d0": 1.0}
 
 
 def test_a_verifier_moves_when_its_draft_dies_or_drains() -> None:
     known, clock = cluster()
     known.beat(verifier("v"), Load())
     known.beat(draft("a"), Load())
-    assert known.draft_for("v") == draft("a")
+    assert drafts(known, "v") == {"a": 1.0}
     known.beat(draft("a"), Load(), draining=True)
-    assert known.draft_for("v") is None
+    assert not drafts(known, "v")
     known.beat(draft("b"), Load())
-    assert known.draft_for("v") == draft("b")
+    assert drafts(known, "v") == {"b": 1.0}
     clock.now = LEASE_S + 1
     known.beat(verifier("v"), Load())
-    assert known.draft_for("v") is None
+    assert not drafts(known, "v")
 
 
 def test_only_the_same_weights_are_paired() -> None:
@@ -146,6 +169,18 @@ def test_only_the_same_weights_are_paired() -> None:
     known.beat(verifier("v", weights="w"), Load())
     known.beat(verifier("plain", weights=""), Load())
     known.beat(draft("d", weights="other"), Load())
-    assert known.draft_for("v") is None
-    assert known.draft_for("plain") is None
-    assert known.draft_for("nobody") is None
+    for name in ("v", "plain", "nobody"):
+        assert not known.drafts_for(name)
+
+
+def test_a_draft_replica_stays_saturated_until_it_is_much_less_busy() -> None:
+    known, _ = cluster()
+    known.beat(verifier("v"), Load())
+
+    def saturated(busy: float, queued: int) -> bool:
+        known.beat(draft("d"), Load(busy_share=busy, queued_works=queued))
+        (one,) = known.drafts_for("v")
+        return one.member.saturated
+
+    assert [saturated(0.95, 0), saturated(0.95, 4), saturated(0.8, 0)] == [False, True, True]
+    assert [saturated(0.5, 4), saturated(0.8, 4)] == [False, False]
