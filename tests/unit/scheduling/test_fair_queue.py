@@ -151,4 +151,6 @@ def test_a_client_that_leaves_takes_its_work_along() -> None:
     queue.drop(0)
     queue.drop(7)
     assert queue.works == 5
-    assert served(queue) == [(1, 0, 5)]
+    queue.put(0, (0, 2, 0), 0)
+    assert served(queue) == [(1, 0, 5), (0, 2, 0)]
+    assert 0 not in queue._clients, "clients come and go, and are remembered for good"
