@@ -11,12 +11,19 @@ from typing import Any
 import grpc
 
 from dspark.config import ServeConfig
-from dspark.errors import DSparkError, InvalidRequestError, UnavailableError
+from dspark.errors import (
+    DSparkError,
+    FencedError,
+    InvalidRequestError,
+    NotLeaderError,
+    UnavailableError,
+)
 from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
 from dspark.rpc.status import abort
 from dspark.scheduling.cluster import Cluster, Load, Member, Replica, Role
 from dspark.services.scheduler.calibrations import Calibrations, Follower
+from dspark.services.scheduler.leadership import Leadership, LeaderStore
 from dspark.services.scheduler.plans import RENEW_AFTER_S, plan_for
 from dspark.store import Store
 from dspark.wire.bounds import MAX_ID_CHARS
@@ -31,28 +38,32 @@ _ROLES: dict[int, Role] = {
 }
 _ROLE_NUMBERS: dict[Role, Any] = {role: number for number, role in _ROLES.items()}
 _REGISTRY = "registry/"
+_KEEP_S = 60.0  # a scheduler that was away for longer learns of replicas from their heartbeats
 _MAX_TEXT = 1024
 
 
 class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
-    """The cluster's view, kept in memory and copied to the store."""
+    """The cluster's view, kept in memory and copied to the store. Answers while it leads."""
 
-    def __init__(self, config: ServeConfig, cluster: Cluster, store: Store) -> None:
-        self._config, self._cluster, self._store = config, cluster, store
+    def __init__(
+        self, config: ServeConfig, cluster: Cluster, store: Store, leadership: Leadership
+    ) -> None:
+        self._config, self._cluster, self._leadership = config, cluster, leadership
+        self._store = LeaderStore(store, leadership)
         self._reports: dict[str, pb.StepReport] = {}
-        self._calibrations = Calibrations(cluster, store)
-        self._epoch = 0
+        self._calibrations = Calibrations(cluster, self._store)
         self._store_down = False
 
-    async def restore(self) -> None:
-        """Take in what an earlier scheduler knew; each replica has one lease to show itself."""
+    async def take_over(self, token: int) -> None:
+        """Take in what an earlier leader knew; each replica has one lease to show itself."""
         try:
+            await self._store.take_over(token)
             kept = await self._store.list(_REGISTRY)
             for value in kept.values():
                 beat = pb.HeartbeatRequest.FromString(value)
                 self._cluster.beat(_replica(beat.replica), _load(beat.load), beat.draining)
             await self._calibrations.restore()
-        except UnavailableError as error:
+        except (UnavailableError, FencedError) as error:
             self._note_store(error)
 
     async def Heartbeat(  # noqa: N802 - the name is the contract's
@@ -60,11 +71,12 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
     ) -> pb.HeartbeatResponse:
         """Renew a lease; answer what the replica needs to know of the others."""
         try:
+            self._leadership.require()
             replica = _replica(request.replica)
+            self._cluster.beat(replica, _load(request.load), request.draining)
+            await self._keep(replica.incarnation, request)
         except DSparkError as error:
             await abort(context, error)
-        self._cluster.beat(replica, _load(request.load), request.draining)
-        await self._keep(replica.incarnation, request)
         answer = pb.HeartbeatResponse(lease_ms=round(self._config.scheduler.lease_s * 1000))
         if replica.role is Role.VERIFIER:
             draft = self._cluster.draft_for(replica.incarnation)
@@ -79,6 +91,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
     ) -> pb.PlaceResponse:
         """Choose a verifier."""
         try:
+            self._leadership.require()
             _bounded("request_id", request.request_id, MAX_ID_CHARS)
             _bounded("model", request.model, _MAX_TEXT)
             chosen = self._cluster.place(
@@ -95,23 +108,29 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
     ) -> None:
         """Take reports in and push plans; neither waits for the other."""
         with self._calibrations.following() as verifier:
-            pusher = asyncio.create_task(self._push_plans(context, verifier))
+            both = (
+                asyncio.create_task(self._take_reports(request_iterator, verifier)),
+                asyncio.create_task(self._push_plans(context, verifier)),
+            )
             try:
-                async for report in request_iterator:
-                    try:
-                        _bounded("incarnation", report.incarnation, MAX_ID_CHARS)
-                        verifier.introduce(report.incarnation)
-                        self._take(report)
-                    except DSparkError as error:
-                        await abort(context, error)
+                done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            except DSparkError as error:
+                await abort(context, error)
             finally:
-                pusher.cancel()
-                await asyncio.gather(pusher, return_exceptions=True)
+                for task in both:
+                    task.cancel()
+                await asyncio.gather(*both, return_exceptions=True)
 
     async def DescribeCluster(  # noqa: N802
         self, request: pb.DescribeClusterRequest, context: grpc.aio.ServicerContext
     ) -> pb.DescribeClusterResponse:
         """What is known."""
+        try:
+            self._leadership.require()
+        except DSparkError as error:
+            await abort(context, error)
         members = self._cluster.members()
         alive = {m.replica.incarnation for m in members}
         self._reports = {name: r for name, r in self._reports.items() if name in alive}
@@ -120,6 +139,14 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             reports=self._reports.values(),
             calibrations=self._calibrations.statuses(),
         )
+
+    async def _take_reports(
+        self, reports: AsyncIterator[pb.StepReport], verifier: Follower
+    ) -> None:
+        async for report in reports:
+            _bounded("incarnation", report.incarnation, MAX_ID_CHARS)
+            verifier.introduce(report.incarnation)
+            self._take(report)
 
     def _take(self, report: pb.StepReport) -> None:
         last = self._reports.get(report.incarnation)
@@ -130,9 +157,8 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
 
     async def _push_plans(self, context: grpc.aio.ServicerContext, verifier: Follower) -> None:
         while True:
-            self._epoch += 1
             verifier.changed.clear()
-            plan = plan_for(self._config.engine, self._epoch)
+            plan = plan_for(self._config.engine, self._leadership.next_epoch())
             await context.write(plan_to_pb(plan, self._calibrations.table(verifier.incarnation)))
             with suppress(TimeoutError):
                 await asyncio.wait_for(verifier.changed.wait(), RENEW_AFTER_S)
@@ -151,11 +177,14 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         )
 
     async def _keep(self, incarnation: str, beat: pb.HeartbeatRequest) -> None:
-        """Copy a lease to the store; without a store we are only slower to recover."""
+        """Copy a lease to the store; without a store we are only slower to recover.
+
+        NotLeaderError if the store knows of a later leader.
+        """
         try:
-            await self._store.put(
-                _REGISTRY + incarnation, beat.SerializeToString(), self._config.scheduler.lease_s
-            )
+            await self._store.put(_REGISTRY + incarnation, beat.SerializeToString(), _KEEP_S)
+        except NotLeaderError:
+            raise
         except UnavailableError as error:
             self._note_store(error)
         else:
@@ -163,7 +192,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
                 log.info("the store answers again")
             self._store_down = False
 
-    def _note_store(self, error: UnavailableError) -> None:
+    def _note_store(self, error: DSparkError) -> None:
         if not self._store_down:
             log.warning("going on from memory: %s", error)
         self._store_down = True

@@ -19,9 +19,8 @@ from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
 from dspark.rpc.server import ReplicaServer
 from dspark.scheduling.calibration import CalibrationInUse, CalibrationTable, survival_error
-from dspark.scheduling.cluster import Cluster
 from dspark.scheduling.recalibration import FIRST_BLOCKS
-from dspark.services.scheduler.servicer import SchedulerServicer
+from dspark.services.scheduler.service import SchedulerService
 from dspark.services.verifier.coordination import Coordinator
 from dspark.store import MemoryStore
 from dspark.types import BlockOutcomes, DraftWork, Request, SamplingParams, StepReport
@@ -99,14 +98,10 @@ class Verifier:
 @asynccontextmanager
 async def scheduler(store: MemoryStore | None = None) -> AsyncIterator[grpc.aio.Channel]:
     config = ServeConfig(engine=EngineConfig(policy="fixed"))
-    servicer = SchedulerServicer(config, Cluster(5.0, lambda: 0.0), store or MemoryStore())
-    await servicer.restore()
-    server = ReplicaServer()
-    scheduler_pb2_grpc.add_SchedulerServicer_to_server(servicer, server.server)
-    port = await server.start("127.0.0.1", 0, [pb.DESCRIPTOR.services_by_name["Scheduler"]])
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    service = SchedulerService(config, store or MemoryStore(), clock=lambda: 0.0)
+    async with grpc.aio.insecure_channel(await service.start("127.0.0.1")) as channel:
         yield channel
-    await server.stop(0)
+    await service.stop(0)
 
 
 @asynccontextmanager
@@ -245,8 +240,10 @@ async def test_a_bad_table_does_not_cost_the_plan(caplog: pytest.LogCaptureFixtu
         ) -> AsyncIterator[pb.StepPlan]:
             bad = table_to_pb(good)
             bad.temperatures[0] = -1.0
-            for table in (bad, table_to_pb(good)):
-                yield pb.StepPlan(policy=pb.VERIFICATION_POLICY_FIXED, calibration=table)
+            for epoch, table in enumerate((bad, table_to_pb(good)), 1):
+                yield pb.StepPlan(
+                    epoch=epoch, policy=pb.VERIFICATION_POLICY_FIXED, calibration=table
+                )
 
     server = ReplicaServer()
     scheduler_pb2_grpc.add_SchedulerServicer_to_server(Scripted(), server.server)

@@ -15,10 +15,9 @@ from dspark.config import EngineConfig, ServeConfig
 from dspark.errors import UnavailableError
 from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
-from dspark.rpc.server import ReplicaServer, check_serving
-from dspark.scheduling.cluster import Cluster
-from dspark.services.scheduler.servicer import SchedulerServicer
-from dspark.store import MemoryStore, Store
+from dspark.rpc.server import check_serving
+from dspark.services.scheduler.service import SchedulerService
+from dspark.store import Fence, Holding, MemoryStore, Store
 
 CONFIG = ServeConfig(engine=EngineConfig(policy="fixed", block_size=3))
 
@@ -27,14 +26,11 @@ CONFIG = ServeConfig(engine=EngineConfig(policy="fixed", block_size=3))
 async def scheduler(
     store: Store | None = None,
 ) -> AsyncIterator[tuple[scheduler_pb2_grpc.SchedulerStub, str]]:
-    servicer = SchedulerServicer(CONFIG, Cluster(5.0, lambda: 0.0), store or MemoryStore())
-    await servicer.restore()
-    server = ReplicaServer()
-    scheduler_pb2_grpc.add_SchedulerServicer_to_server(servicer, server.server)
-    port = await server.start("127.0.0.1", 0, [pb.DESCRIPTOR.services_by_name["Scheduler"]])
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield scheduler_pb2_grpc.SchedulerStub(channel), f"127.0.0.1:{port}"
-    await server.stop(0)
+    service = SchedulerService(CONFIG, store or MemoryStore(), clock=lambda: 0.0)
+    address = await service.start("127.0.0.1")
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield scheduler_pb2_grpc.SchedulerStub(channel), address
+    await service.stop(0)
 
 
 def replica(role: int, name: str, **fields: str) -> pb.HeartbeatRequest:
@@ -93,7 +89,7 @@ async def test_a_plan_is_pushed_at_once_and_reports_are_taken() -> None:
         call = stub.Coordinate()
         plan = await call.read()
         assert plan.policy == pb.VERIFICATION_POLICY_FIXED
-        assert (plan.block_size, plan.epoch) == (3, 1)
+        assert plan.block_size == 3
         await call.write(pb.StepReport(incarnation="v", step=7))
 
         async def reported() -> bool:
@@ -128,7 +124,14 @@ async def test_a_restarted_scheduler_knows_the_cluster() -> None:
 
 
 class DeadStore(MemoryStore):
-    async def put(self, key: str, value: bytes, ttl_s: float | None = None) -> None:
+    async def put(
+        self, key: str, value: bytes, ttl_s: float | None = None, fence: Fence | None = None
+    ) -> None:
+        raise UnavailableError("scripted")
+
+    async def acquire(
+        self, lease: str, holder: str, ttl_s: float, *, above: int = 0, force: bool = False
+    ) -> Holding:
         raise UnavailableError("scripted")
 
     async def list(self, prefix: str) -> dict[str, bytes]:
