@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64spark/pb/scheduler.proto\x12\tdspark.v1\"\x96\x01\n\x07Replica\x12\x1d\n\x04role\x18\x01 \x01(\x0e\x32\x0f.dspark.v1.Role\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x1b\n\x13\x64rafter_fingerprint\x18\x05 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x06 \x01(\r\"Q\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x12\n\nfree_pages\x18\x03 \x01(\r\x12\x13\n\x0btotal_pages\x18\x04 \x01(\r\"h\n\x10HeartbeatRequest\x12#\n\x07replica\x18\x01 \x01(\x0b\x32\x12.dspark.v1.Replica\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.dspark.v1.Load\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"~\n\x11HeartbeatResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\x12&\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x12.dspark.v1.ReplicaH\x00\x88\x01\x01\x12%\n\tverifiers\x18\x03 \x03(\x0b\x32\x12.dspark.v1.ReplicaB\x08\n\x06_draft\"x\n\x0cPlaceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x1a\n\x12\x61void_incarnations\x18\x05 \x03(\t\"5\n\rPlaceResponse\x12$\n\x08verifier\x18\x01 \x01(\x0b\x32\x12.dspark.v1.Replica\"\xa0\x03\n\nStepReport\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0f\n\x07step_ms\x18\x03 \x01(\x02\x12\x15\n\rdraft_wait_ms\x18\x04 \x01(\x02\x12\x17\n\x0f\x64\x65\x63ode_requests\x18\x05 \x01(\r\x12\x18\n\x10waiting_requests\x18\x06 \x01(\r\x12\x0e\n\x06tokens\x18\x07 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x08 \x01(\r\x12\x0f\n\x07\x64rafted\x18\t \x01(\r\x12\x1c\n\x14verified_by_position\x18\n \x03(\r\x12\x1c\n\x14\x61\x63\x63\x65pted_by_position\x18\x0b \x03(\r\x12\x11\n\tcommitted\x18\x0c \x01(\r\x12\x12\n\nfree_pages\x18\r \x01(\r\x12\x13\n\x0btotal_pages\x18\x0e \x01(\r\x12\x19\n\x11\x63\x61libration_epoch\x18\x0f \x01(\x04\x12\x1c\n\x14\x63\x61librations_refused\x18\x10 \x01(\r\x12*\n\x08outcomes\x18\x11 \x01(\x0b\x32\x18.dspark.v1.BlockOutcomes\"r\n\rBlockOutcomes\x12\x12\n\nblock_size\x18\x01 \x01(\r\x12\x10\n\x08verified\x18\x02 \x01(\x0c\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63onfidences\x18\x04 \x01(\x0c\x12\x14\n\x0ctemperatures\x18\x05 \x03(\x01\"x\n\x10\x43\x61librationTable\x12\x14\n\x0ctemperatures\x18\x01 \x03(\x01\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x1b\n\x13\x64rafter_fingerprint\x18\x03 \x01(\t\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"\xdd\x01\n\x08StepPlan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12-\n\x06policy\x18\x02 \x01(\x0e\x32\x1d.dspark.v1.VerificationPolicy\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x18\n\x10max_draft_tokens\x18\x04 \x01(\r\x12\x14\n\x0cvalid_for_ms\x18\x06 \x01(\r\x12\x30\n\x0b\x63\x61libration\x18\x07 \x01(\x0b\x32\x1b.dspark.v1.CalibrationTableJ\x04\x08\x05\x10\x06R\x17\x63onfidence_temperatures\"\x18\n\x16\x44\x65scribeClusterRequest\"x\n\rReplicaStatus\x12#\n\x07replica\x18\x01 \x01(\x0b\x32\x12.dspark.v1.Replica\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.dspark.v1.Load\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x11\n\tsilent_ms\x18\x04 \x01(\r\"\xb5\x01\n\x11\x43\x61librationStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1b\n\x13\x64rafter_fingerprint\x18\x02 \x01(\t\x12*\n\x05table\x18\x03 \x01(\x0b\x32\x1b.dspark.v1.CalibrationTable\x12\x15\n\rwindow_blocks\x18\x04 \x01(\r\x12\x11\n\traw_error\x18\x05 \x01(\x01\x12\r\n\x05\x65rror\x18\x06 \x01(\x01\x12\x0f\n\x07misfits\x18\x07 \x01(\r\"\xa1\x01\n\x17\x44\x65scribeClusterResponse\x12*\n\x08replicas\x18\x01 \x03(\x0b\x32\x18.dspark.v1.ReplicaStatus\x12&\n\x07reports\x18\x02 \x03(\x0b\x32\x15.dspark.v1.StepReport\x12\x32\n\x0c\x63\x61librations\x18\x03 \x03(\x0b\x32\x1c.dspark.v1.CalibrationStatus*Q\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x11\n\rROLE_VERIFIER\x10\x01\x12\x0e\n\nROLE_DRAFT\x10\x02\x12\x10\n\x0cROLE_GATEWAY\x10\x03*\x97\x01\n\x12VerificationPolicy\x12#\n\x1fVERIFICATION_POLICY_UNSPECIFIED\x10\x00\x12 \n\x1cVERIFICATION_POLICY_ADAPTIVE\x10\x01\x12\x1d\n\x19VERIFICATION_POLICY_FIXED\x10\x02\x12\x1b\n\x17VERIFICATION_POLICY_OFF\x10\x03\x32\xa7\x02\n\tScheduler\x12\x46\n\tHeartbeat\x12\x1b.dspark.v1.HeartbeatRequest\x1a\x1c.dspark.v1.HeartbeatResponse\x12:\n\x05Place\x12\x17.dspark.v1.PlaceRequest\x1a\x18.dspark.v1.PlaceResponse\x12<\n\nCoordinate\x12\x15.dspark.v1.StepReport\x1a\x13.dspark.v1.StepPlan(\x01\x30\x01\x12X\n\x0f\x44\x65scribeCluster\x12!.dspark.v1.DescribeClusterRequest\x1a\".dspark.v1.DescribeClusterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64spark/pb/scheduler.proto\x12\tdspark.v1\"\x96\x01\n\x07Replica\x12\x1d\n\x04role\x18\x01 \x01(\x0e\x32\x0f.dspark.v1.Role\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x1b\n\x13\x64rafter_fingerprint\x18\x05 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x06 \x01(\r\"Q\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x12\n\nfree_pages\x18\x03 \x01(\r\x12\x13\n\x0btotal_pages\x18\x04 \x01(\r\"h\n\x10HeartbeatRequest\x12#\n\x07replica\x18\x01 \x01(\x0b\x32\x12.dspark.v1.Replica\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.dspark.v1.Load\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"~\n\x11HeartbeatResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\x12&\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x12.dspark.v1.ReplicaH\x00\x88\x01\x01\x12%\n\tverifiers\x18\x03 \x03(\x0b\x32\x12.dspark.v1.ReplicaB\x08\n\x06_draft\"x\n\x0cPlaceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x1a\n\x12\x61void_incarnations\x18\x05 \x03(\t\"5\n\rPlaceResponse\x12$\n\x08verifier\x18\x01 \x01(\x0b\x32\x12.dspark.v1.Replica\"\xb7\x03\n\nStepReport\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0f\n\x07step_ms\x18\x03 \x01(\x02\x12\x15\n\rdraft_wait_ms\x18\x04 \x01(\x02\x12\x17\n\x0f\x64\x65\x63ode_requests\x18\x05 \x01(\r\x12\x18\n\x10waiting_requests\x18\x06 \x01(\r\x12\x0e\n\x06tokens\x18\x07 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x08 \x01(\r\x12\x0f\n\x07\x64rafted\x18\t \x01(\r\x12\x1c\n\x14verified_by_position\x18\n \x03(\r\x12\x1c\n\x14\x61\x63\x63\x65pted_by_position\x18\x0b \x03(\r\x12\x11\n\tcommitted\x18\x0c \x01(\r\x12\x12\n\nfree_pages\x18\r \x01(\r\x12\x13\n\x0btotal_pages\x18\x0e \x01(\r\x12\x19\n\x11\x63\x61libration_epoch\x18\x0f \x01(\x04\x12\x1c\n\x14\x63\x61librations_refused\x18\x10 \x01(\r\x12*\n\x08outcomes\x18\x11 \x01(\x0b\x32\x18.dspark.v1.BlockOutcomes\x12\x15\n\rplans_refused\x18\x12 \x01(\r\"r\n\rBlockOutcomes\x12\x12\n\nblock_size\x18\x01 \x01(\r\x12\x10\n\x08verified\x18\x02 \x01(\x0c\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63onfidences\x18\x04 \x01(\x0c\x12\x14\n\x0ctemperatures\x18\x05 \x03(\x01\"x\n\x10\x43\x61librationTable\x12\x14\n\x0ctemperatures\x18\x01 \x03(\x01\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x1b\n\x13\x64rafter_fingerprint\x18\x03 \x01(\t\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"\xdd\x01\n\x08StepPlan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12-\n\x06policy\x18\x02 \x01(\x0e\x32\x1d.dspark.v1.VerificationPolicy\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x18\n\x10max_draft_tokens\x18\x04 \x01(\r\x12\x14\n\x0cvalid_for_ms\x18\x06 \x01(\r\x12\x30\n\x0b\x63\x61libration\x18\x07 \x01(\x0b\x32\x1b.dspark.v1.CalibrationTableJ\x04\x08\x05\x10\x06R\x17\x63onfidence_temperatures\"\x18\n\x16\x44\x65scribeClusterRequest\"x\n\rReplicaStatus\x12#\n\x07replica\x18\x01 \x01(\x0b\x32\x12.dspark.v1.Replica\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.dspark.v1.Load\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x11\n\tsilent_ms\x18\x04 \x01(\r\"\xb5\x01\n\x11\x43\x61librationStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1b\n\x13\x64rafter_fingerprint\x18\x02 \x01(\t\x12*\n\x05table\x18\x03 \x01(\x0b\x32\x1b.dspark.v1.CalibrationTable\x12\x15\n\rwindow_blocks\x18\x04 \x01(\r\x12\x11\n\traw_error\x18\x05 \x01(\x01\x12\r\n\x05\x65rror\x18\x06 \x01(\x01\x12\x0f\n\x07misfits\x18\x07 \x01(\r\"\xa1\x01\n\x17\x44\x65scribeClusterResponse\x12*\n\x08replicas\x18\x01 \x03(\x0b\x32\x18.dspark.v1.ReplicaStatus\x12&\n\x07reports\x18\x02 \x03(\x0b\x32\x15.dspark.v1.StepReport\x12\x32\n\x0c\x63\x61librations\x18\x03 \x03(\x0b\x32\x1c.dspark.v1.CalibrationStatus*Q\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x11\n\rROLE_VERIFIER\x10\x01\x12\x0e\n\nROLE_DRAFT\x10\x02\x12\x10\n\x0cROLE_GATEWAY\x10\x03*\x97\x01\n\x12VerificationPolicy\x12#\n\x1fVERIFICATION_POLICY_UNSPECIFIED\x10\x00\x12 \n\x1cVERIFICATION_POLICY_ADAPTIVE\x10\x01\x12\x1d\n\x19VERIFICATION_POLICY_FIXED\x10\x02\x12\x1b\n\x17VERIFICATION_POLICY_OFF\x10\x03\x32\xa7\x02\n\tScheduler\x12\x46\n\tHeartbeat\x12\x1b.dspark.v1.HeartbeatRequest\x1a\x1c.dspark.v1.HeartbeatResponse\x12:\n\x05Place\x12\x17.dspark.v1.PlaceRequest\x1a\x18.dspark.v1.PlaceResponse\x12<\n\nCoordinate\x12\x15.dspark.v1.StepReport\x1a\x13.dspark.v1.StepPlan(\x01\x30\x01\x12X\n\x0f\x44\x65scribeCluster\x12!.dspark.v1.DescribeClusterRequest\x1a\".dspark.v1.DescribeClusterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dspark.pb.scheduler_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=2064
-  _globals['_ROLE']._serialized_end=2145
-  _globals['_VERIFICATIONPOLICY']._serialized_start=2148
-  _globals['_VERIFICATIONPOLICY']._serialized_end=2299
+  _globals['_ROLE']._serialized_start=2087
+  _globals['_ROLE']._serialized_end=2168
+  _globals['_VERIFICATIONPOLICY']._serialized_start=2171
+  _globals['_VERIFICATIONPOLICY']._serialized_end=2322
   _globals['_REPLICA']._serialized_start=41
   _globals['_REPLICA']._serialized_end=191
   _globals['_LOAD']._serialized_start=193
@@ -48,21 +48,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PLACERESPONSE']._serialized_start=632
   _globals['_PLACERESPONSE']._serialized_end=685
   _globals['_STEPREPORT']._serialized_start=688
-  _globals['_STEPREPORT']._serialized_end=1104
-  _globals['_BLOCKOUTCOMES']._serialized_start=1106
-  _globals['_BLOCKOUTCOMES']._serialized_end=1220
-  _globals['_CALIBRATIONTABLE']._serialized_start=1222
-  _globals['_CALIBRATIONTABLE']._serialized_end=1342
-  _globals['_STEPPLAN']._serialized_start=1345
-  _globals['_STEPPLAN']._serialized_end=1566
-  _globals['_DESCRIBECLUSTERREQUEST']._serialized_start=1568
-  _globals['_DESCRIBECLUSTERREQUEST']._serialized_end=1592
-  _globals['_REPLICASTATUS']._serialized_start=1594
-  _globals['_REPLICASTATUS']._serialized_end=1714
-  _globals['_CALIBRATIONSTATUS']._serialized_start=1717
-  _globals['_CALIBRATIONSTATUS']._serialized_end=1898
-  _globals['_DESCRIBECLUSTERRESPONSE']._serialized_start=1901
-  _globals['_DESCRIBECLUSTERRESPONSE']._serialized_end=2062
-  _globals['_SCHEDULER']._serialized_start=2302
-  _globals['_SCHEDULER']._serialized_end=2597
+  _globals['_STEPREPORT']._serialized_end=1127
+  _globals['_BLOCKOUTCOMES']._serialized_start=1129
+  _globals['_BLOCKOUTCOMES']._serialized_end=1243
+  _globals['_CALIBRATIONTABLE']._serialized_start=1245
+  _globals['_CALIBRATIONTABLE']._serialized_end=1365
+  _globals['_STEPPLAN']._serialized_start=1368
+  _globals['_STEPPLAN']._serialized_end=1589
+  _globals['_DESCRIBECLUSTERREQUEST']._serialized_start=1591
+  _globals['_DESCRIBECLUSTERREQUEST']._serialized_end=1615
+  _globals['_REPLICASTATUS']._serialized_start=1617
+  _globals['_REPLICASTATUS']._serialized_end=1737
+  _globals['_CALIBRATIONSTATUS']._serialized_start=1740
+  _globals['_CALIBRATIONSTATUS']._serialized_end=1921
+  _globals['_DESCRIBECLUSTERRESPONSE']._serialized_start=1924
+  _globals['_DESCRIBECLUSTERRESPONSE']._serialized_end=2085
+  _globals['_SCHEDULER']._serialized_start=2325
+  _globals['_SCHEDULER']._serialized_end=2620
 # @@protoc_insertion_point(module_scope)
