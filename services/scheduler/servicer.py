@@ -52,6 +52,8 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         self._store = LeaderStore(store, leadership)
         self._reports: dict[str, pb.StepReport] = {}
         self._calibrations = Calibrations(cluster, self._store)
+        self._unkept: dict[str, pb.HeartbeatRequest] = {}  # by incarnation, the latest
+        self._copying: asyncio.Task[None] | None = None
         self._store_down = False
 
     async def take_over(self, token: int) -> None:
@@ -73,10 +75,10 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         try:
             self._leadership.require()
             replica = _replica(request.replica)
-            self._cluster.beat(replica, _load(request.load), request.draining)
-            await self._keep(replica.incarnation, request)
         except DSparkError as error:
             await abort(context, error)
+        self._cluster.beat(replica, _load(request.load), request.draining)
+        self._keep(replica.incarnation, request)
         answer = pb.HeartbeatResponse(lease_ms=round(self._config.scheduler.lease_s * 1000))
         if replica.role is Role.VERIFIER:
             draft = self._cluster.draft_for(replica.incarnation)
@@ -176,21 +178,28 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             silent_ms=round(self._cluster.silent_s(member) * 1000),
         )
 
-    async def _keep(self, incarnation: str, beat: pb.HeartbeatRequest) -> None:
-        """Copy a lease to the store; without a store we are only slower to recover.
+    def _keep(self, incarnation: str, beat: pb.HeartbeatRequest) -> None:
+        """Have a lease copied to the store soon; the replica does not wait for that."""
+        beat.DiscardUnknownFields()
+        self._unkept[incarnation] = beat
+        if self._copying is None or self._copying.done():
+            self._copying = asyncio.create_task(self._copy())
 
-        NotLeaderError if the store knows of a later leader.
-        """
-        try:
-            await self._store.put(_REGISTRY + incarnation, beat.SerializeToString(), _KEEP_S)
-        except NotLeaderError:
-            raise
-        except UnavailableError as error:
-            self._note_store(error)
-        else:
-            if self._store_down:
-                log.info("the store answers again")
-            self._store_down = False
+    async def _copy(self) -> None:
+        """Without a store we are only slower to recover."""
+        while self._unkept:
+            incarnation, beat = self._unkept.popitem()
+            try:
+                key = _REGISTRY + incarnation
+                await self._store.put(key, beat.SerializeToString(), _KEEP_S)
+            except NotLeaderError:
+                self._unkept.clear()  # the replicas will tell the leader
+            except UnavailableError as error:
+                self._note_store(error)
+            else:
+                if self._store_down:
+                    log.info("the store answers again")
+                self._store_down = False
 
     def _note_store(self, error: DSparkError) -> None:
         if not self._store_down:

@@ -304,6 +304,23 @@ async def test_a_sole_scheduler_that_was_killed_resumes_with_what_it_knew(
     await gateway.hears(lambda beat: [v.incarnation for v in beat.verifiers] == ["v"])
 
 
+async def test_a_redis_that_hangs_holds_no_heartbeat_up(
+    stack: AsyncExitStack, redis: RedisServer
+) -> None:
+    schedulers = Schedulers(stack, redis.url, 2)
+    leader, _ = await schedulers.start(), await schedulers.start()
+    verifier, gateway = await started(stack, schedulers)
+    await verifier.planned_beyond(0)
+    redis.pause()
+    for _ in range(10):  # over more than the leader's lease; each with less time than Redis has
+        gateway.beat = verifier.beat = None
+        await gateway.hears(lambda beat: [v.incarnation for v in beat.verifiers] == ["v"])
+        await verifier.hears(lambda beat: True)
+    await verifier.beats_with(leader.address)
+    last = verifier.epochs[-1]
+    assert await verifier.planned_beyond(last) >> 32 == last >> 32
+
+
 async def test_a_dead_redis_costs_nothing(stack: AsyncExitStack, redis: RedisServer) -> None:
     schedulers = Schedulers(stack, redis.url, 2)
     leader, _ = await schedulers.start(), await schedulers.start()
