@@ -80,7 +80,7 @@ class Leadership:
         self._election, self._lease_s, self._clock = election, lease_s, clock
         self._sole = sole
         self._elected = self._outage = False  # ever; at the last try
-        self._holder = self.leader = ""  # `leader`: host:port, as far as known
+        self._holder = self._known = ""  # this one and the lease's, as address_random
         self._on_elected: Callable[[int], Awaitable[None]] | None = None
         self._token: int | None = None
         self._until = -math.inf
@@ -92,6 +92,17 @@ class Leadership:
     def token(self) -> int | None:
         """The fencing token while this one leads."""
         return self._token if self._clock() < self._until else None
+
+    @property
+    def leader(self) -> str:
+        """host:port of the one that leads; empty if none is known to."""
+        own = self._known == self._holder
+        return "" if own and self.token is None else _address(self._known)
+
+    @property
+    def address(self) -> str:
+        """host:port of this one."""
+        return _address(self._holder)
 
     def require(self) -> int:
         """The token; NotLeaderError unless this one leads."""
@@ -155,7 +166,7 @@ class Leadership:
             token = self._token or max(self._heard + 1, least_token(time.time()))
             holding = Holding(self._holder, token)
         self._heard = max(self._heard, holding.token)
-        self.leader = holding.holder.rpartition("_")[0]
+        self._known = holding.holder
         if holding.holder != self._holder:
             if self._token is not None:
                 self.step_down()
@@ -178,6 +189,10 @@ class Leadership:
                 log.exception("standing for election failed")
 
 
+def _address(holder: str) -> str:
+    return holder.rpartition("_")[0]
+
+
 class LeaderStore:
     """The store as the leader writes to it: fenced, so that one who was replaced cannot."""
 
@@ -197,7 +212,7 @@ class LeaderStore:
 
         UnavailableError without the store; FencedError if a later leader was first.
         """
-        await self._store.put(_LEADER, self._leadership.leader.encode(), None, Fence(LEASE, token))
+        await self._store.put(_LEADER, self._leadership.address.encode(), None, Fence(LEASE, token))
 
     async def list(self, prefix: str) -> dict[str, bytes]:
         """All values under a prefix."""

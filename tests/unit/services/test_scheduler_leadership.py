@@ -155,6 +155,7 @@ def test_a_standby_knows_the_leader_and_follows_it_in_office() -> None:
         world.clock.now += LEASE_S * 0.02
         await standby.stand()
         assert world.leading == []  # one has stopped, the other waits for the lease's own end
+        assert leader.leader == ""  # it does not send anybody to itself
         world.clock.now += LEASE_S * 0.2
         await standby.stand()
         assert world.leading == [1]
