@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from dspark.config import ServeConfig
 from dspark.errors import (
@@ -38,7 +39,9 @@ _ROLES: dict[int, Role] = {
 }
 _ROLE_NUMBERS: dict[Role, Any] = {role: number for number, role in _ROLES.items()}
 _REGISTRY = "registry/"
-_KEEP_S = 60.0  # a scheduler that was away for longer learns of replicas from their heartbeats
+# Meant to outlast a restart. Those that died before it are known again too, for one lease; after
+# a longer absence replicas are learned of from their heartbeats.
+_KEEP_S = 20.0
 _MAX_TEXT = 1024
 
 
@@ -61,9 +64,12 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         try:
             await self._store.take_over(token)
             kept = await self._store.list(_REGISTRY)
-            for value in kept.values():
-                beat = pb.HeartbeatRequest.FromString(value)
-                self._cluster.beat(_replica(beat.replica), _load(beat.load), beat.draining)
+            for key, value in kept.items():
+                try:
+                    beat = pb.HeartbeatRequest.FromString(value)
+                    self._cluster.beat(_replica(beat.replica), _load(beat.load), beat.draining)
+                except (DecodeError, InvalidRequestError) as error:
+                    log.warning("ignored what the store holds as %.200s: %s", key, error)
             await self._calibrations.restore()
         except (UnavailableError, FencedError) as error:
             self._note_store(error)
@@ -110,20 +116,16 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
     ) -> None:
         """Take reports in and push plans; neither waits for the other."""
         with self._calibrations.following() as verifier:
-            both = (
-                asyncio.create_task(self._take_reports(request_iterator, verifier)),
-                asyncio.create_task(self._push_plans(context, verifier)),
-            )
+            reader = asyncio.create_task(self._take_reports(request_iterator, verifier))
+            reader.add_done_callback(lambda _: verifier.changed.set())
             try:
-                done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                await self._push_plans(context, verifier, reader)
             except DSparkError as error:
+                # No write is under way here: gRPC fails a call that is ended during its first.
                 await abort(context, error)
             finally:
-                for task in both:
-                    task.cancel()
-                await asyncio.gather(*both, return_exceptions=True)
+                reader.cancel()
+                await asyncio.gather(reader, return_exceptions=True)
 
     async def DescribeCluster(  # noqa: N802
         self, request: pb.DescribeClusterRequest, context: grpc.aio.ServicerContext
@@ -157,13 +159,17 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         report.ClearField("outcomes")  # they are in the window now
         self._reports[report.incarnation] = report
 
-    async def _push_plans(self, context: grpc.aio.ServicerContext, verifier: Follower) -> None:
-        while True:
+    async def _push_plans(
+        self, context: grpc.aio.ServicerContext, verifier: Follower, reader: asyncio.Task[None]
+    ) -> None:
+        """Until the reports end; raises what ended them."""
+        while not reader.done():
             verifier.changed.clear()
             plan = plan_for(self._config.engine, self._leadership.next_epoch())
             await context.write(plan_to_pb(plan, self._calibrations.table(verifier.incarnation)))
             with suppress(TimeoutError):
                 await asyncio.wait_for(verifier.changed.wait(), RENEW_AFTER_S)
+        reader.result()
 
     def _status(self, member: Member) -> pb.ReplicaStatus:
         return pb.ReplicaStatus(
@@ -188,10 +194,11 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
     async def _copy(self) -> None:
         """Without a store we are only slower to recover."""
         while self._unkept:
-            incarnation, beat = self._unkept.popitem()
+            incarnation = next(iter(self._unkept))  # who has waited longest
+            value = self._unkept.pop(incarnation).SerializeToString()
+            ttl_s = max(_KEEP_S, self._config.scheduler.lease_s)
             try:
-                key = _REGISTRY + incarnation
-                await self._store.put(key, beat.SerializeToString(), _KEEP_S)
+                await self._store.put(_REGISTRY + incarnation, value, ttl_s)
             except NotLeaderError:
                 self._unkept.clear()  # the replicas will tell the leader
             except UnavailableError as error:

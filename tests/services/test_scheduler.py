@@ -114,6 +114,24 @@ async def test_a_report_without_a_name_ends_its_own_stream_only() -> None:
         good.cancel()
 
 
+async def test_streams_that_are_refused_while_their_first_plan_goes_out_end() -> None:
+    async with scheduler() as (stub, _):
+
+        async def refused() -> grpc.StatusCode:
+            call = stub.Coordinate()
+            await call.write(pb.StepReport())
+            try:
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+            return await call.code()
+
+        async with asyncio.timeout(60):
+            codes = await asyncio.gather(*(refused() for _ in range(200)))
+        assert set(codes) == {grpc.StatusCode.INVALID_ARGUMENT}
+
+
 async def test_a_restarted_scheduler_knows_the_cluster() -> None:
     store = MemoryStore()
     async with scheduler(store) as (stub, _):
@@ -121,6 +139,20 @@ async def test_a_restarted_scheduler_knows_the_cluster() -> None:
     async with scheduler(store) as (stub, _):
         placed = await stub.Place(pb.PlaceRequest(request_id="r", model="m"))
         assert placed.verifier.incarnation == "v"
+
+
+async def test_what_the_store_holds_of_replicas_is_checked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = MemoryStore()
+    await store.put("registry/a", b"\xff\xff\xff")
+    await store.put("registry/b", replica(pb.ROLE_VERIFIER, "x" * 1000).SerializeToString())
+    await store.put("registry/v", replica(pb.ROLE_VERIFIER, "v").SerializeToString())
+    async with scheduler(store) as (stub, _):
+        placed = await stub.Place(pb.PlaceRequest(request_id="r", model="m"))
+        assert placed.verifier.incarnation == "v"
+    for key in ("registry/a", "registry/b"):
+        assert any(f" as {key}: " in r.getMessage() for r in caplog.records)
 
 
 class DeadStore(MemoryStore):
