@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from dspark.errors import ConfigError, InvalidRequestError
 T = TypeVar("T")
 
 MAX_CLASS_CHARS = 64
+_KUBERNETES_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 def cache_folder() -> Path:
@@ -149,12 +151,32 @@ class KubernetesConfig:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Leases and the store."""
+    """Leases, the store, and the election of one scheduler among several."""
 
     heartbeat_s: float = 1.0
     lease_s: float = 5.0  # a replica silent for this long is gone
     store_url: str = ""  # redis://… ; empty: in this process
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+    leader_election: str = "store"  # store | kubernetes
+    leader_lease_s: float = 3.0  # a leader silent for this long is replaced by a standby
+    kubernetes_lease: str = "dspark-scheduler"  # name of the Lease
+    kubernetes_namespace: str = ""  # empty: the pod's own
+
+    def __post_init__(self) -> None:
+        for name in ("heartbeat_s", "lease_s", "leader_lease_s"):
+            if not 0 < getattr(self, name) < math.inf:  # also refuses NaN
+                raise ConfigError(f"{name} must be above 0 seconds; got {getattr(self, name)}")
+        if self.leader_election not in ("store", "kubernetes"):
+            raise ConfigError(
+                f"leader_election must be store or kubernetes; got {self.leader_election!r}"
+            )
+        for name, least in (("kubernetes_lease", 1), ("kubernetes_namespace", 0)):
+            value = getattr(self, name)
+            if (value or least) and not _KUBERNETES_NAME.fullmatch(value):
+                raise ConfigError(
+                    f"{name} must be a name as Kubernetes has them (at most 63 of a-z, 0-9 and -, "
+                    f"with neither end a -); got {value!r}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,9 +267,19 @@ class ServeConfig:
     autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
     verifier_replicas: int = 1
     draft_replicas: int = 1
+    scheduler_replicas: int = 1  # one leads; a second one stands by
 
     def __post_init__(self) -> None:
-        _positive(self, "verifier_replicas")
+        _positive(self, "verifier_replicas", "scheduler_replicas")
+        scheduler = self.scheduler
+        if self.scheduler_replicas > 1 and not (
+            scheduler.store_url or scheduler.leader_election == "kubernetes"
+        ):
+            raise ConfigError(
+                f"{self.scheduler_replicas} schedulers need where to elect one: set "
+                "scheduler.store_url to a Redis that they share, or scheduler.leader_election to "
+                "kubernetes"
+            )
         if self.draft_replicas < 0:
             raise ConfigError(f"draft_replicas must not be negative; got {self.draft_replicas}")
         if not self.autoscaling.enabled:

@@ -5,10 +5,12 @@
     ├── ModelNotFoundError       no such model is served              404  NOT_FOUND
     ├── OverloadedError          a bounded queue is full; retry later 429  RESOURCE_EXHAUSTED
     ├── UnavailableError         a part that is needed is not up      503  UNAVAILABLE
+    │   └── NotLeaderError       this scheduler stands by; another one leads
     ├── CalibrationError         a calibration table is damaged, or another drafter's
     ├── CheckpointError          a checkpoint cannot be used
     ├── ConfigError              a setting is wrong
     ├── DownloadError            a model could not be fetched intact
+    ├── FencedError              a write of one who was replaced meanwhile
     ├── ProtocolError            a peer sent a message outside the contract
     └── StepTableError           a step-time table is damaged, or of something else
 
@@ -56,6 +58,15 @@ class UnavailableError(DSparkError):
     code = "unavailable"
 
 
+class NotLeaderError(UnavailableError):
+    """This scheduler stands by; `leader` is host:port of the one that leads, empty if unknown."""
+
+    def __init__(self, leader: str = "") -> None:
+        who = f"ask {leader}" if leader else "none leads at the moment; retry"
+        super().__init__(f"this scheduler stands by: {who}")
+        self.leader = leader
+
+
 class CalibrationError(DSparkError):
     """A calibration table is damaged, or of another drafter."""
 
@@ -78,6 +89,12 @@ class DownloadError(DSparkError):
     """A model could not be fetched, or arrived damaged."""
 
     code = "download_failed"
+
+
+class FencedError(DSparkError):
+    """A write was refused since its writer's lease has passed on."""
+
+    code = "fenced"
 
 
 class ProtocolError(DSparkError):

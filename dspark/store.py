@@ -1,33 +1,74 @@
-"""What must outlive a process: a small key-value store, in process or in Redis.
+"""What must outlive a process: a small key-value store with leases, in process or in Redis.
 
 A store that fails raises UnavailableError within a bounded time. Nothing waits for it that a
 request waits for; callers go on from memory.
+
+A lease has one holder at a time, and a fencing token that grows with each of them. A write that
+bears a token is refused once a greater one was seen. Tokens start from the seconds since 2020, so
+that they do not fall back when a store loses what it held.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dspark.errors import ConfigError, UnavailableError
+from dspark.errors import ConfigError, FencedError, UnavailableError
 
 MAX_VALUE_BYTES = 1 << 20
 _TIMEOUT_S = 1.0
 _NAMESPACE = "dspark/"
+_TOKENS_SINCE_S = 1_577_836_800  # 2020-01-01: whole seconds since then fit 32 bits until 2156
+
+
+def least_token(now_s: float) -> int:
+    """The least fencing token that may be given out at a time of the wall clock."""
+    return max(1, int(now_s) - _TOKENS_SINCE_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Who holds a lease, and by which fencing token."""
+
+    holder: str
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Goes with a write: whose it is, by the lease's name and the writer's token."""
+
+    lease: str
+    token: int
 
 
 class Store(Protocol):
-    """Keys to bytes, with an optional time to live."""
+    """Keys to bytes, with an optional time to live, and leases."""
 
-    async def put(self, key: str, value: bytes, ttl_s: float | None = None) -> None:
-        """Set a value, replacing any."""
+    async def put(
+        self, key: str, value: bytes, ttl_s: float | None = None, fence: Fence | None = None
+    ) -> None:
+        """Set a value, replacing any; FencedError if a greater token of that lease was seen."""
 
     async def delete(self, key: str) -> None:
         """Remove a value; an unknown key is nothing to do."""
 
     async def list(self, prefix: str) -> dict[str, bytes]:
         """All values whose key starts with `prefix`."""
+
+    async def acquire(
+        self, lease: str, holder: str, ttl_s: float, *, above: int = 0, force: bool = False
+    ) -> Holding:
+        """Take a lease that is free, or renew one's own; says who holds it then.
+
+        A new holder's token is greater than `above` and than any before it. `force` takes the lease
+        from whoever has it.
+        """
+
+    async def release(self, lease: str, holder: str) -> None:
+        """Give a lease back; one that is not the holder's stays as it is."""
 
     async def close(self) -> None:
         """Let go of connections."""
@@ -36,13 +77,25 @@ class Store(Protocol):
 class MemoryStore:
     """A store that lives as long as its process."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock, self._wall_clock = clock, wall_clock
         self._values: dict[str, tuple[bytes, float]] = {}
+        self._leases: dict[str, tuple[Holding, float]] = {}
+        self._tokens: dict[str, int] = {}  # of each lease, the greatest seen
 
-    async def put(self, key: str, value: bytes, ttl_s: float | None = None) -> None:
-        """Set a value, replacing any."""
+    async def put(
+        self, key: str, value: bytes, ttl_s: float | None = None, fence: Fence | None = None
+    ) -> None:
+        """Set a value, replacing any; FencedError if a greater token of that lease was seen."""
         _check_size(key, value)
+        if fence is not None:
+            if fence.token < self._tokens.get(fence.lease, 0):
+                raise _fenced(key, fence)
+            self._tokens[fence.lease] = fence.token
         until = float("inf") if ttl_s is None else self._clock() + ttl_s
         self._values[key] = (value, until)
 
@@ -56,8 +109,54 @@ class MemoryStore:
         self._values = {k: (v, until) for k, (v, until) in self._values.items() if until > now}
         return {k: v for k, (v, _) in self._values.items() if k.startswith(prefix)}
 
+    async def acquire(
+        self, lease: str, holder: str, ttl_s: float, *, above: int = 0, force: bool = False
+    ) -> Holding:
+        """Take a free lease or renew one's own; see Store."""
+        now = self._clock()
+        holding, until = self._leases.get(lease, (None, now))
+        if holding is None or until <= now or (force and holding.holder != holder):
+            latest = max(self._tokens.get(lease, 0), above)
+            holding = Holding(holder, max(latest + 1, least_token(self._wall_clock())))
+            self._tokens[lease] = holding.token
+        if holding.holder == holder:
+            self._leases[lease] = (holding, now + ttl_s)
+        return holding
+
+    async def release(self, lease: str, holder: str) -> None:
+        """Give a lease back if it is the holder's."""
+        if lease in self._leases and self._leases[lease][0].holder == holder:
+            del self._leases[lease]
+
     async def close(self) -> None:
         """Nothing to let go of."""
+
+
+# Lua runs as one: nobody else's command comes in between. Tokens are below 2**53, as Lua's numbers.
+_PUT_FENCED = """
+local latest = tonumber(redis.call('GET', KEYS[2]) or 0) or 0
+if latest > tonumber(ARGV[3]) then return 0 end
+redis.call('SET', KEYS[2], ARGV[3])
+if ARGV[2] == '' then redis.call('SET', KEYS[1], ARGV[1])
+else redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
+return 1
+"""
+_ACQUIRE = """
+local held = redis.call('HMGET', KEYS[1], 'holder', 'token')
+if held[1] and held[1] ~= ARGV[1] and ARGV[4] == '0' then return held end
+if held[1] ~= ARGV[1] then
+  local latest = tonumber(redis.call('GET', KEYS[2]) or 0) or 0
+  local now = tonumber(redis.call('TIME')[1]) - tonumber(ARGV[5])
+  held = {ARGV[1], string.format('%.0f', math.max(latest + 1, tonumber(ARGV[3]) + 1, now))}
+  redis.call('SET', KEYS[2], held[2])
+  redis.call('HSET', KEYS[1], 'holder', held[1], 'token', held[2])
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return held
+"""
+_RELEASE = """
+if redis.call('HGET', KEYS[1], 'holder') == ARGV[1] then redis.call('DEL', KEYS[1]) end
+"""
 
 
 class RedisStore:
@@ -81,14 +180,27 @@ class RedisStore:
             ) from error
         self._failure = redis.RedisError
 
-    async def put(self, key: str, value: bytes, ttl_s: float | None = None) -> None:
-        """Set a value, replacing any."""
+    async def put(
+        self, key: str, value: bytes, ttl_s: float | None = None, fence: Fence | None = None
+    ) -> None:
+        """Set a value, replacing any; FencedError if a greater token of that lease was seen."""
         _check_size(key, value)
-        milliseconds = None if ttl_s is None else max(1, round(ttl_s * 1000))
-        try:
-            await self._client.set(_NAMESPACE + key, value, px=milliseconds)
-        except (self._failure, OSError, TimeoutError) as error:
-            raise _unavailable(error) from error
+        milliseconds = None if ttl_s is None else _milliseconds(ttl_s)
+        if fence is None:
+            try:
+                await self._client.set(_NAMESPACE + key, value, px=milliseconds)
+            except (self._failure, OSError, TimeoutError) as error:
+                raise _unavailable(error) from error
+            return
+        written = await self._script(
+            _PUT_FENCED,
+            (key, _token_key(fence.lease)),
+            value,
+            "" if milliseconds is None else milliseconds,
+            fence.token,
+        )
+        if not written:
+            raise _fenced(key, fence)
 
     async def delete(self, key: str) -> None:
         """Remove a value."""
@@ -111,9 +223,35 @@ class RedisStore:
             if value is not None  # expired in between
         }
 
+    async def acquire(
+        self, lease: str, holder: str, ttl_s: float, *, above: int = 0, force: bool = False
+    ) -> Holding:
+        """Take a free lease or renew one's own; see Store."""
+        held, token = await self._script(
+            _ACQUIRE,
+            (_lease_key(lease), _token_key(lease)),
+            holder,
+            _milliseconds(ttl_s),
+            above,
+            int(force),
+            _TOKENS_SINCE_S,
+        )
+        return Holding(held.decode(), int(token))
+
+    async def release(self, lease: str, holder: str) -> None:
+        """Give a lease back if it is the holder's."""
+        await self._script(_RELEASE, (_lease_key(lease),), holder)
+
     async def close(self) -> None:
         """Close connections."""
         await self._client.aclose()
+
+    async def _script(self, script: str, keys: tuple[str, ...], *arguments: Any) -> Any:
+        named = [_NAMESPACE + key for key in keys]
+        try:
+            return await self._client.eval(script, len(named), *named, *arguments)
+        except (self._failure, OSError, TimeoutError) as error:
+            raise _unavailable(error) from error
 
 
 def open_store(url: str) -> Store:
@@ -121,9 +259,28 @@ def open_store(url: str) -> Store:
     return RedisStore(url) if url else MemoryStore()
 
 
+def _lease_key(lease: str) -> str:
+    return f"lease/{lease}"
+
+
+def _token_key(lease: str) -> str:
+    return f"token/{lease}"
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
 def _check_size(key: str, value: bytes) -> None:
     if len(value) > MAX_VALUE_BYTES:
         raise ValueError(f"{key}: {len(value)} bytes, more than the {MAX_VALUE_BYTES} allowed")
+
+
+def _fenced(key: str, fence: Fence) -> FencedError:
+    return FencedError(
+        f"{key} was not written: the lease {fence.lease!r} has had a holder since token "
+        f"{fence.token}"
+    )
 
 
 def _unavailable(error: Exception) -> UnavailableError:

@@ -112,7 +112,7 @@ class PlaceResponse(_message.Message):
     def __init__(self, verifier: _Optional[_Union[Replica, _Mapping]] = ...) -> None: ...
 
 class StepReport(_message.Message):
-    __slots__ = ("incarnation", "step", "step_ms", "draft_wait_ms", "decode_requests", "waiting_requests", "tokens", "prefill_tokens", "drafted", "verified_by_position", "accepted_by_position", "committed", "free_pages", "total_pages", "calibration_epoch", "calibrations_refused", "outcomes", "classes")
+    __slots__ = ("incarnation", "step", "step_ms", "draft_wait_ms", "decode_requests", "waiting_requests", "tokens", "prefill_tokens", "drafted", "verified_by_position", "accepted_by_position", "committed", "free_pages", "total_pages", "calibration_epoch", "calibrations_refused", "outcomes", "classes", "plans_refused")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEP_MS_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,7 @@ class StepReport(_message.Message):
     CALIBRATIONS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
+    PLANS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     step: int
     step_ms: float
@@ -149,7 +150,8 @@ class StepReport(_message.Message):
     calibrations_refused: int
     outcomes: BlockOutcomes
     classes: _containers.RepeatedCompositeFieldContainer[ClassLoad]
-    def __init__(self, incarnation: _Optional[str] = ..., step: _Optional[int] = ..., step_ms: _Optional[float] = ..., draft_wait_ms: _Optional[float] = ..., decode_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., drafted: _Optional[int] = ..., verified_by_position: _Optional[_Iterable[int]] = ..., accepted_by_position: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., calibration_epoch: _Optional[int] = ..., calibrations_refused: _Optional[int] = ..., outcomes: _Optional[_Union[BlockOutcomes, _Mapping]] = ..., classes: _Optional[_Iterable[_Union[ClassLoad, _Mapping]]] = ...) -> None: ...
+    plans_refused: int
+    def __init__(self, incarnation: _Optional[str] = ..., step: _Optional[int] = ..., step_ms: _Optional[float] = ..., draft_wait_ms: _Optional[float] = ..., decode_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., drafted: _Optional[int] = ..., verified_by_position: _Optional[_Iterable[int]] = ..., accepted_by_position: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., calibration_epoch: _Optional[int] = ..., calibrations_refused: _Optional[int] = ..., outcomes: _Optional[_Union[BlockOutcomes, _Mapping]] = ..., classes: _Optional[_Iterable[_Union[ClassLoad, _Mapping]]] = ..., plans_refused: _Optional[int] = ...) -> None: ...
 
 class ClassLoad(_message.Message):
     __slots__ = ("name", "requests", "floors", "floors_missed", "late_first_tokens")

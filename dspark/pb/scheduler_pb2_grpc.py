@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class SchedulerStub(object):
-    """The one place that sees the cluster. It is never waited for inside a step.
+    """The one place that sees the cluster. It is never waited for inside a step. Of several, one leads;
+    the others answer UNAVAILABLE, with the leader's host:port in the trailing metadata
+    `dspark-leader` (empty: they know of none).
     """
 
     def __init__(self, channel):
@@ -68,7 +70,9 @@ class SchedulerStub(object):
 
 
 class SchedulerServicer(object):
-    """The one place that sees the cluster. It is never waited for inside a step.
+    """The one place that sees the cluster. It is never waited for inside a step. Of several, one leads;
+    the others answer UNAVAILABLE, with the leader's host:port in the trailing metadata
+    `dspark-leader` (empty: they know of none).
     """
 
     def Heartbeat(self, request, context):
@@ -158,7 +162,9 @@ def add_SchedulerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Scheduler(object):
-    """The one place that sees the cluster. It is never waited for inside a step.
+    """The one place that sees the cluster. It is never waited for inside a step. Of several, one leads;
+    the others answer UNAVAILABLE, with the leader's host:port in the trailing metadata
+    `dspark-leader` (empty: they know of none).
     """
 
     @staticmethod

@@ -1,7 +1,8 @@
 """A replica's lease with the scheduler: a heartbeat that registers, renews, and finds it again.
 
 The scheduler's address is looked up anew after every failure, since a restarted scheduler listens
-elsewhere. While it is away the replica goes on with what it last heard.
+elsewhere. One that stands by says who leads, and is left for that one at once. While no leader
+answers the replica goes on with what it last heard.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from collections.abc import Awaitable, Callable
 
 import grpc
 
+from dspark.errors import NotLeaderError, UnavailableError
 from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
 from dspark.rpc.options import channel_options
+from dspark.rpc.status import from_rpc_error
 
 log = logging.getLogger(__name__)
 
 Locate = Callable[[], Awaitable[str]]
+
+_MAX_DIALS = 3  # in a row, since the word of those that stand by may be old
 
 
 class LeaseKeeper:
@@ -67,39 +72,62 @@ class LeaseKeeper:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self._channel is not None:
-            await self._channel.close()
-            self._channel = None
+        await self._let_go()
 
     async def _run(self) -> None:
         while True:
             try:
-                if self._channel is None:
-                    address = await self._locate()
-                    channel = grpc.aio.insecure_channel(address, options=channel_options())
-                    try:
-                        await self._beat(channel)
-                    except BaseException:
-                        await channel.close()
-                        raise
-                    self._channel = channel
-                else:
-                    await self._beat(self._channel)
+                await self._renew()
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # the locator is Ray's and may raise anything
                 log.warning("scheduler out of reach, going on without: %s", _reason(error))
-                channel_lost, self._channel = self._channel, None
-                if channel_lost is not None:
-                    await channel_lost.close()
+                await self._let_go()
             await asyncio.sleep(self._interval_s)
 
-    async def _beat(self, channel: grpc.aio.Channel) -> None:
+    async def _renew(self) -> None:
+        """Beat once, going where the leader is said to be."""
+        if self._channel is not None:
+            leader = await self._beat(self._channel)
+            if not leader:
+                return
+            await self._let_go()
+        else:
+            async with asyncio.timeout(2 * self._interval_s):
+                leader = await self._locate()
+        for _ in range(_MAX_DIALS):
+            channel = grpc.aio.insecure_channel(leader, options=channel_options())
+            try:
+                leader = await self._beat(channel)
+            except BaseException:
+                await channel.close()
+                raise
+            if not leader:
+                self._channel = channel
+                return
+            await channel.close()
+        raise UnavailableError("one scheduler sends us to another: none leads yet")
+
+    async def _let_go(self) -> None:
+        channel_lost, self._channel = self._channel, None
+        if channel_lost is not None:
+            await channel_lost.close()
+
+    async def _beat(self, channel: grpc.aio.Channel) -> str:
+        """Empty if the scheduler took it, else where it says that the leader is."""
         stub = scheduler_pb2_grpc.SchedulerStub(channel)
         request = pb.HeartbeatRequest(
             replica=self._replica, load=self._load(), draining=self._draining
         )
-        self._on_beat(await stub.Heartbeat(request, timeout=2 * self._interval_s))
+        try:
+            answer = await stub.Heartbeat(request, timeout=2 * self._interval_s)
+        except grpc.aio.AioRpcError as error:
+            meant = from_rpc_error(error)
+            if isinstance(meant, NotLeaderError) and meant.leader:
+                return meant.leader
+            raise
+        self._on_beat(answer)
+        return ""
 
 
 def _reason(error: Exception) -> str:

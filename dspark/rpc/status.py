@@ -10,6 +10,7 @@ from dspark.errors import (
     DSparkError,
     InvalidRequestError,
     ModelNotFoundError,
+    NotLeaderError,
     OverloadedError,
     ProtocolError,
     UnavailableError,
@@ -20,10 +21,12 @@ _STATUS: dict[type[DSparkError], grpc.StatusCode] = {
     ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
     OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    NotLeaderError: grpc.StatusCode.UNAVAILABLE,
     ProtocolError: grpc.StatusCode.FAILED_PRECONDITION,
 }
 _PARAM = "dspark-param"
 _RETRY_AFTER = "dspark-retry-after-s"
+_LEADER = "dspark-leader"  # of a scheduler that stands by; empty: it knows of none
 
 
 async def abort(context: grpc.aio.ServicerContext, error: DSparkError) -> NoReturn:
@@ -34,6 +37,8 @@ async def abort(context: grpc.aio.ServicerContext, error: DSparkError) -> NoRetu
         trailing.append((_PARAM, error.param))
     if isinstance(error, OverloadedError):
         trailing.append((_RETRY_AFTER, f"{error.retry_after_s:g}"))
+    if isinstance(error, NotLeaderError):
+        trailing.append((_LEADER, error.leader))
     await context.abort(status, str(error), tuple(trailing))
     raise AssertionError("abort raises")  # pragma: no cover
 
@@ -50,4 +55,6 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> DSparkError:
         return OverloadedError(message, retry_after_s=float(trailing.get(_RETRY_AFTER, 1.0)))
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
         return ProtocolError(message)
+    if _LEADER in trailing:
+        return NotLeaderError(trailing[_LEADER])
     return UnavailableError(message)

@@ -13,7 +13,6 @@ from dspark.config import ServeConfig
 from dspark.models.tokenizer import load_tokenizer
 from dspark.services.gateway.service import GatewayService
 
-_LOCATE_TIMEOUT_S = 5.0
 _DRAIN_S = 20.0
 # Serve must not count requests down before we do: the answer to too many is our 429.
 _SPARE_REQUESTS = 64
@@ -34,13 +33,8 @@ class Gateway:
     async def __init__(  # type: ignore[misc]
         self, config: ServeConfig, scheduler: DeploymentHandle
     ) -> None:
-        async def locate() -> str:
-            found = scheduler.grpc_address.remote()
-            address: str = await asyncio.wait_for(found, _LOCATE_TIMEOUT_S)
-            return address
-
         tokenizer: Any = await asyncio.to_thread(load_tokenizer, config.model.target)
-        self._service = GatewayService(config, tokenizer, locate)
+        self._service = GatewayService(config, tokenizer, lambda: scheduler.grpc_address.remote())
         await self._service.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:

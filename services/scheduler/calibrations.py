@@ -14,7 +14,7 @@ from dspark.pb import scheduler_pb2 as pb
 from dspark.scheduling.calibration import CalibrationTable
 from dspark.scheduling.cluster import Cluster
 from dspark.scheduling.recalibration import CalibrationStatus, Drafter, Recalibration, Sample
-from dspark.store import Store
+from dspark.services.scheduler.leadership import LeaderStore
 from dspark.wire.plans import outcomes_from_pb, table_to_pb
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Follower:
 class Calibrations:
     """One for each scheduler; lives on its event loop."""
 
-    def __init__(self, cluster: Cluster, store: Store) -> None:
+    def __init__(self, cluster: Cluster, store: LeaderStore) -> None:
         self._cluster, self._store = cluster, store
         self._recalibration = Recalibration(time.monotonic)
         self._followers: set[Follower] = set()

@@ -11,15 +11,23 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from dspark.config import ServeConfig
-from dspark.errors import DSparkError, InvalidRequestError, UnavailableError
+from dspark.errors import (
+    DSparkError,
+    FencedError,
+    InvalidRequestError,
+    NotLeaderError,
+    UnavailableError,
+)
 from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
 from dspark.rpc.status import abort
 from dspark.scheduling.cluster import Cluster, Load, Member, Replica, Role
 from dspark.scheduling.draft_quota import max_blocks
 from dspark.services.scheduler.calibrations import Calibrations, Follower
+from dspark.services.scheduler.leadership import Leadership, LeaderStore
 from dspark.services.scheduler.load_report import load_to_pb
 from dspark.services.scheduler.plans import RENEW_AFTER_S, plan_for
 from dspark.services.scheduler.step_times import StepTimes
@@ -39,36 +47,46 @@ _ROLES: dict[int, Role] = {
 }
 _ROLE_NUMBERS: dict[Role, Any] = {role: number for number, role in _ROLES.items()}
 _REGISTRY = "registry/"
+# Meant to outlast a restart. Those that died before it are known again too, for one lease; after
+# a longer absence replicas are learned of from their heartbeats.
+_KEEP_S = 20.0
 _MAX_TEXT = 1024
 
 
 class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
-    """The cluster's view, kept in memory and copied to the store."""
+    """The cluster's view, kept in memory and copied to the store. Answers while it leads."""
 
     def __init__(
         self,
         config: ServeConfig,
         cluster: Cluster,
         store: Store,
+        leadership: Leadership,
         kubernetes: KubernetesWatch | None = None,
     ) -> None:
-        self._config, self._cluster, self._store = config, cluster, store
+        self._config, self._cluster, self._leadership = config, cluster, leadership
         self._kubernetes = kubernetes
+        self._store = LeaderStore(store, leadership)
         self._reports: dict[str, pb.StepReport] = {}
-        self._calibrations = Calibrations(cluster, store)
-        self._step_times = StepTimes(store)
-        self._epoch = 0
+        self._calibrations = Calibrations(cluster, self._store)
+        self._step_times = StepTimes(self._store)
+        self._unkept: dict[str, pb.HeartbeatRequest] = {}  # by incarnation, the latest
+        self._copying: asyncio.Task[None] | None = None
         self._store_down = False
 
-    async def restore(self) -> None:
-        """Take in what an earlier scheduler knew; each replica has one lease to show itself."""
+    async def take_over(self, token: int) -> None:
+        """Take in what an earlier leader knew; each replica has one lease to show itself."""
         try:
+            await self._store.take_over(token)
             kept = await self._store.list(_REGISTRY)
-            for value in kept.values():
-                beat = pb.HeartbeatRequest.FromString(value)
-                self._cluster.beat(_replica(beat.replica), _load(beat.load), beat.draining)
+            for key, value in kept.items():
+                try:
+                    beat = pb.HeartbeatRequest.FromString(value)
+                    self._cluster.beat(_replica(beat.replica), _load(beat.load), beat.draining)
+                except (DecodeError, InvalidRequestError) as error:
+                    log.warning("ignored what the store holds as %.200s: %s", key, error)
             await self._calibrations.restore()
-        except UnavailableError as error:
+        except (UnavailableError, FencedError) as error:
             self._note_store(error)
 
     async def Heartbeat(  # noqa: N802 - the name is the contract's
@@ -76,11 +94,12 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
     ) -> pb.HeartbeatResponse:
         """Renew a lease; answer what the replica needs to know of the others."""
         try:
+            self._leadership.require()
             replica, load = _replica(request.replica), _load(request.load)
         except DSparkError as error:
             await abort(context, error)
         self._cluster.beat(replica, load, request.draining)
-        await self._keep(replica.incarnation, request)
+        self._keep(replica.incarnation, request)
         answer = pb.HeartbeatResponse(lease_ms=round(self._config.scheduler.lease_s * 1000))
         if replica.role is Role.VERIFIER:
             answer.drafts.extend(
@@ -96,6 +115,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
     ) -> pb.PlaceResponse:
         """Choose a verifier."""
         try:
+            self._leadership.require()
             _bounded("request_id", request.request_id, MAX_ID_CHARS)
             _bounded("model", request.model, _MAX_TEXT)
             chosen = self._cluster.place(
@@ -112,23 +132,25 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
     ) -> None:
         """Take reports in and push plans; neither waits for the other."""
         with self._calibrations.following() as verifier:
-            pusher = asyncio.create_task(self._push_plans(context, verifier))
+            reader = asyncio.create_task(self._take_reports(request_iterator, verifier))
+            reader.add_done_callback(lambda _: verifier.changed.set())
             try:
-                async for report in request_iterator:
-                    try:
-                        _bounded("incarnation", report.incarnation, MAX_ID_CHARS)
-                        verifier.introduce(report.incarnation)
-                        self._take(report)
-                    except DSparkError as error:
-                        await abort(context, error)
+                await self._push_plans(context, verifier, reader)
+            except DSparkError as error:
+                # No write is under way here: gRPC fails a call that is ended during its first.
+                await abort(context, error)
             finally:
-                pusher.cancel()
-                await asyncio.gather(pusher, return_exceptions=True)
+                reader.cancel()
+                await asyncio.gather(reader, return_exceptions=True)
 
     async def DescribeCluster(  # noqa: N802
         self, request: pb.DescribeClusterRequest, context: grpc.aio.ServicerContext
     ) -> pb.DescribeClusterResponse:
         """What is known."""
+        try:
+            self._leadership.require()
+        except DSparkError as error:
+            await abort(context, error)
         members = self._cluster.members()
         alive = {m.replica.incarnation for m in members}
         self._reports = {name: r for name, r in self._reports.items() if name in alive}
@@ -161,6 +183,14 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             await abort(context, error)
         return pb.PutStepTimesResponse()
 
+    async def _take_reports(
+        self, reports: AsyncIterator[pb.StepReport], verifier: Follower
+    ) -> None:
+        async for report in reports:
+            _bounded("incarnation", report.incarnation, MAX_ID_CHARS)
+            verifier.introduce(report.incarnation)
+            self._take(report)
+
     def _take(self, report: pb.StepReport) -> None:
         last = self._reports.get(report.incarnation)
         if last is None or report.step > last.step:  # the latest may come twice
@@ -168,16 +198,21 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         report.ClearField("outcomes")  # they are in the window now
         self._reports[report.incarnation] = report
 
-    async def _push_plans(self, context: grpc.aio.ServicerContext, verifier: Follower) -> None:
-        while True:
-            self._epoch += 1
+    async def _push_plans(
+        self, context: grpc.aio.ServicerContext, verifier: Follower, reader: asyncio.Task[None]
+    ) -> None:
+        """Until the reports end; raises what ended them."""
+        while not reader.done():
             verifier.changed.clear()
             plan = plan_for(
-                self._config.engine, self._epoch, self._draft_quota(verifier.incarnation)
+                self._config.engine,
+                self._leadership.next_epoch(),
+                self._draft_quota(verifier.incarnation),
             )
             await context.write(plan_to_pb(plan, self._calibrations.table(verifier.incarnation)))
             with suppress(TimeoutError):
                 await asyncio.wait_for(verifier.changed.wait(), RENEW_AFTER_S)
+        reader.result()
 
     def _draft_quota(self, verifier: str) -> int:
         report = self._reports.get(verifier)
@@ -195,20 +230,31 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             silent_ms=round(self._cluster.silent_s(member) * 1000),
         )
 
-    async def _keep(self, incarnation: str, beat: pb.HeartbeatRequest) -> None:
-        """Copy a lease to the store; without a store we are only slower to recover."""
-        try:
-            await self._store.put(
-                _REGISTRY + incarnation, beat.SerializeToString(), self._config.scheduler.lease_s
-            )
-        except UnavailableError as error:
-            self._note_store(error)
-        else:
-            if self._store_down:
-                log.info("the store answers again")
-            self._store_down = False
+    def _keep(self, incarnation: str, beat: pb.HeartbeatRequest) -> None:
+        """Have a lease copied to the store soon; the replica does not wait for that."""
+        beat.DiscardUnknownFields()
+        self._unkept[incarnation] = beat
+        if self._copying is None or self._copying.done():
+            self._copying = asyncio.create_task(self._copy())
 
-    def _note_store(self, error: UnavailableError) -> None:
+    async def _copy(self) -> None:
+        """Without a store we are only slower to recover."""
+        while self._unkept:
+            incarnation = next(iter(self._unkept))  # who has waited longest
+            value = self._unkept.pop(incarnation).SerializeToString()
+            ttl_s = max(_KEEP_S, self._config.scheduler.lease_s)
+            try:
+                await self._store.put(_REGISTRY + incarnation, value, ttl_s)
+            except NotLeaderError:
+                self._unkept.clear()  # the replicas will tell the leader
+            except UnavailableError as error:
+                self._note_store(error)
+            else:
+                if self._store_down:
+                    log.info("the store answers again")
+                self._store_down = False
+
+    def _note_store(self, error: DSparkError) -> None:
         if not self._store_down:
             log.warning("going on from memory: %s", error)
         self._store_down = True

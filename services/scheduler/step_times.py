@@ -8,7 +8,7 @@ import re
 from dspark.errors import InvalidRequestError, OverloadedError, StepTableError
 from dspark.pb import scheduler_pb2 as pb
 from dspark.scheduling.step_table import StepTimeTable
-from dspark.store import Store
+from dspark.services.scheduler.leadership import LeaderStore
 from dspark.wire.step_times import step_times_from_pb, step_times_to_pb
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{16,64}")
 class StepTimes:
     """Tables by fingerprint. UnavailableError while the store does not answer."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: LeaderStore) -> None:
         self._store = store
 
     async def get(self, fingerprint: str) -> pb.StepTimeTable | None:

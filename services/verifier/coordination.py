@@ -21,7 +21,11 @@ _MAX_QUEUED_REPORTS = 256  # beyond, the oldest are left out: news is worth more
 
 
 class Coordinator:
-    """Keeps a Coordinate stream to whatever scheduler the lease knows."""
+    """Keeps a Coordinate stream to whatever scheduler the lease knows.
+
+    Plans come in rising epochs, whoever sent them; one that does not was sent by a scheduler that
+    has been replaced, or twice. It is refused with all that it brings, and counted.
+    """
 
     def __init__(
         self,
@@ -35,6 +39,8 @@ class Coordinator:
         self._loop = asyncio.get_running_loop()
         self._reports: asyncio.Queue[StepReport] = asyncio.Queue(_MAX_QUEUED_REPORTS)
         self._task: asyncio.Task[None] | None = None
+        self._epoch = 0  # of the newest plan
+        self._refused = 0
 
     def start(self) -> None:
         """Begin on the running event loop."""
@@ -61,8 +67,18 @@ class Coordinator:
             if channel is not None:
                 try:
                     await self._stream(channel)
-                except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                except (
+                    grpc.aio.AioRpcError,
+                    grpc.aio.UsageError,
+                    asyncio.InvalidStateError,
+                ) as error:
                     log.warning("no plans from the scheduler for now: %s", error)
+                except asyncio.CancelledError:
+                    # The lease keeper closes the channel when it turns to another scheduler.
+                    task = asyncio.current_task()
+                    if task is not None and task.cancelling():
+                        raise
+                    log.warning("no plans for now: the scheduler was lost")
             await asyncio.sleep(_RETRY_S)
 
     async def _stream(self, channel: grpc.aio.Channel) -> None:
@@ -83,7 +99,9 @@ class Coordinator:
         # an idle verifier introduces itself too, so that it has a plan when work comes
         await call.write(scheduler_pb2.StepReport(incarnation=self._incarnation))
         while True:
-            await call.write(report_to_pb(await self._reports.get(), self._incarnation))
+            report = report_to_pb(await self._reports.get(), self._incarnation)
+            report.plans_refused = self._refused
+            await call.write(report)
 
     async def _read(self, call: grpc.aio.StreamStreamCall) -> None:
         while True:
@@ -91,8 +109,18 @@ class Coordinator:
             if message is grpc.aio.EOF:
                 return
             try:
-                self._on_plan(plan_from_pb(message))
+                plan = plan_from_pb(message)
+                if plan.epoch <= self._epoch:
+                    self._refuse(plan.epoch)
+                    continue
+                self._epoch = plan.epoch
+                self._on_plan(plan)
                 if message.HasField("calibration"):
                     self._on_calibration(table_from_pb(message.calibration))
             except ProtocolError as error:
                 log.warning("of a plan, this was dropped: %s", error)
+
+    def _refuse(self, epoch: int) -> None:
+        if not self._refused:
+            log.warning("refused a plan of epoch %d: there was one of %d", epoch, self._epoch)
+        self._refused += 1

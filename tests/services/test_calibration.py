@@ -19,9 +19,8 @@ from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
 from dspark.rpc.server import ReplicaServer
 from dspark.scheduling.calibration import CalibrationInUse, CalibrationTable, survival_error
-from dspark.scheduling.cluster import Cluster
 from dspark.scheduling.recalibration import FIRST_BLOCKS
-from dspark.services.scheduler.servicer import SchedulerServicer
+from dspark.services.scheduler.service import SchedulerService
 from dspark.services.verifier.coordination import Coordinator
 from dspark.store import MemoryStore
 from dspark.types import BlockOutcomes, DraftWork, Request, SamplingParams, StepReport
@@ -99,14 +98,10 @@ class Verifier:
 @asynccontextmanager
 async def scheduler(store: MemoryStore | None = None) -> AsyncIterator[grpc.aio.Channel]:
     config = ServeConfig(engine=EngineConfig(policy="fixed"))
-    servicer = SchedulerServicer(config, Cluster(5.0, lambda: 0.0), store or MemoryStore())
-    await servicer.restore()
-    server = ReplicaServer()
-    scheduler_pb2_grpc.add_SchedulerServicer_to_server(servicer, server.server)
-    port = await server.start("127.0.0.1", 0, [pb.DESCRIPTOR.services_by_name["Scheduler"]])
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    service = SchedulerService(config, store or MemoryStore(), clock=lambda: 0.0)
+    async with grpc.aio.insecure_channel(await service.start("127.0.0.1")) as channel:
         yield channel
-    await server.stop(0)
+    await service.stop(0)
 
 
 @asynccontextmanager
@@ -245,8 +240,10 @@ async def test_a_bad_table_does_not_cost_the_plan(caplog: pytest.LogCaptureFixtu
         ) -> AsyncIterator[pb.StepPlan]:
             bad = table_to_pb(good)
             bad.temperatures[0] = -1.0
-            for table in (bad, table_to_pb(good)):
-                yield pb.StepPlan(policy=pb.VERIFICATION_POLICY_FIXED, calibration=table)
+            for epoch, table in enumerate((bad, table_to_pb(good)), 1):
+                yield pb.StepPlan(
+                    epoch=epoch, policy=pb.VERIFICATION_POLICY_FIXED, calibration=table
+                )
 
     server = ReplicaServer()
     scheduler_pb2_grpc.add_SchedulerServicer_to_server(Scripted(), server.server)
@@ -265,6 +262,65 @@ async def test_a_bad_table_does_not_cost_the_plan(caplog: pytest.LogCaptureFixtu
     await server.stop(0)
     assert (len(plans), tables) == (2, [good])
     assert "temperatures" in caplog.text
+
+
+async def test_what_a_deposed_scheduler_sends_is_refused_with_its_table() -> None:
+    def told(epoch: int, table_epoch: int) -> pb.StepPlan:
+        table = CalibrationTable(SURE, SIZE, "w", 1000, table_epoch)
+        policy = pb.VERIFICATION_POLICY_FIXED
+        return pb.StepPlan(epoch=epoch, policy=policy, calibration=table_to_pb(table))
+
+    first, second = 7 << 32, 8 << 32
+    streams = [
+        [told(first + 1, 1), told(first + 2, 2)],
+        # The next leader was not told of table 2, and learns of it from the reports.
+        [told(second + 1, 1), told(second + 2, 3)],
+        [told(first + 3, 9), told(first + 4, 9)],  # the old one, which does not know yet
+        [told(second + 2, 9), told(second + 3, 3)],  # the first of them twice
+    ]
+    reports: list[pb.StepReport] = []
+    reported = asyncio.Event()
+
+    class Scripted(scheduler_pb2_grpc.SchedulerServicer):
+        async def Coordinate(  # noqa: N802
+            self, request_iterator: AsyncIterator[pb.StepReport], context: object
+        ) -> AsyncIterator[pb.StepPlan]:
+            for plan in streams.pop(0):
+                yield plan
+            if streams:
+                return
+            async for report in request_iterator:
+                if report.step:
+                    reports.append(report)
+                    reported.set()
+
+    epochs: list[int] = []
+    used = CalibrationInUse(SIZE, "w")
+    in_use: list[int] = []
+    last = asyncio.Event()
+
+    def hear(table: CalibrationTable) -> None:
+        used.offer(table)
+        in_use.append(used.epoch)
+        if not streams and len(epochs) == 5:
+            last.set()
+
+    server = ReplicaServer()
+    scheduler_pb2_grpc.add_SchedulerServicer_to_server(Scripted(), server.server)
+    port = await server.start("127.0.0.1", 0, [pb.DESCRIPTOR.services_by_name["Scheduler"]])
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        coordinator = Coordinator(
+            "v", lambda: channel, lambda plan: epochs.append(plan.epoch), hear
+        )
+        coordinator.start()
+        await asyncio.wait_for(last.wait(), BOUND_S)
+        coordinator.report(step_report(1))
+        await asyncio.wait_for(reported.wait(), BOUND_S)
+        await coordinator.stop()
+    await server.stop(0)
+    assert epochs == [first + 1, first + 2, second + 1, second + 2, second + 3]
+    assert in_use == [1, 2, 2, 3, 3]
+    assert [report.plans_refused for report in reports] == [3]
 
 
 class Boastful(ScriptedLink):

@@ -33,15 +33,11 @@ from kubernetes import client
 from dspark.config import KubernetesConfig, ServeConfig
 from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
-from dspark.rpc.server import ReplicaServer
-from dspark.scheduling.cluster import Cluster
 from dspark.scheduling.cluster_load import ClusterInventory, ClusterLoad, Kind
-from dspark.services.scheduler import list_watch
+from dspark.services.scheduler import list_watch, service
 from dspark.services.scheduler.kubernetes_watch import KubernetesWatch
 from dspark.services.scheduler.list_watch import Waits
 from dspark.services.scheduler.load_report import load_to_pb
-from dspark.services.scheduler.servicer import SchedulerServicer
-from dspark.store import MemoryStore
 
 WAITS = Waits(watch_s=60, answer_s=10, first_retry_s=0.01, longest_retry_s=0.05, refused_s=0.02)
 CONFIG = KubernetesConfig(enabled="on", namespace="n")
@@ -314,21 +310,20 @@ def test_what_is_too_long_is_not_kept(
         assert watch.load() == expected(api)
 
 
-async def test_the_scheduler_describes_it(server: ApiServer) -> None:
+async def test_the_scheduler_describes_it(
+    server: ApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.api.put("nodes", node("n1"))
     server.api.put("pods", pod("p"))
     with watching(server) as watch:
         server.api.settle()
-        servicer = SchedulerServicer(ServeConfig(), Cluster(5.0, lambda: 0.0), MemoryStore(), watch)
-        grpc_server = ReplicaServer()
-        scheduler_pb2_grpc.add_SchedulerServicer_to_server(servicer, grpc_server.server)
-        port = await grpc_server.start(
-            "127.0.0.1", 0, [pb.DESCRIPTOR.services_by_name["Scheduler"]]
-        )
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        monkeypatch.setattr(service, "open_watch", lambda _: watch)
+        scheduler = service.SchedulerService(ServeConfig())
+        address = await scheduler.start("127.0.0.1")
+        async with grpc.aio.insecure_channel(address) as channel:
             stub = scheduler_pb2_grpc.SchedulerStub(channel)
             seen = (await stub.DescribeCluster(pb.DescribeClusterRequest())).kubernetes
-        await grpc_server.stop(0)
+        await scheduler.stop(0)
     assert [(p.name, p.nodes_ready) for p in seen.pools] == [("", 0), ("a", 1)]
     assert seen.pools[1].accelerators[0] == pb.AcceleratorLoad(
         resource="nvidia.com/gpu", allocatable=8, free=8

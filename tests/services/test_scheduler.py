@@ -10,14 +10,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from helpers.dead_store import DeadStore
 
 from dspark.config import EngineConfig, ServeConfig
-from dspark.errors import UnavailableError
 from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
-from dspark.rpc.server import ReplicaServer, check_serving
-from dspark.scheduling.cluster import Cluster
-from dspark.services.scheduler.servicer import SchedulerServicer
+from dspark.rpc.server import check_serving
+from dspark.services.scheduler.service import SchedulerService
 from dspark.store import MemoryStore, Store
 
 CONFIG = ServeConfig(engine=EngineConfig(policy="fixed", block_size=3))
@@ -27,14 +26,11 @@ CONFIG = ServeConfig(engine=EngineConfig(policy="fixed", block_size=3))
 async def scheduler(
     store: Store | None = None,
 ) -> AsyncIterator[tuple[scheduler_pb2_grpc.SchedulerStub, str]]:
-    servicer = SchedulerServicer(CONFIG, Cluster(5.0, lambda: 0.0), store or MemoryStore())
-    await servicer.restore()
-    server = ReplicaServer()
-    scheduler_pb2_grpc.add_SchedulerServicer_to_server(servicer, server.server)
-    port = await server.start("127.0.0.1", 0, [pb.DESCRIPTOR.services_by_name["Scheduler"]])
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield scheduler_pb2_grpc.SchedulerStub(channel), f"127.0.0.1:{port}"
-    await server.stop(0)
+    service = SchedulerService(CONFIG, store or MemoryStore(), clock=lambda: 0.0)
+    address = await service.start("127.0.0.1")
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield scheduler_pb2_grpc.SchedulerStub(channel), address
+    await service.stop(0)
 
 
 def replica(role: int, name: str, **fields: str) -> pb.HeartbeatRequest:
@@ -103,7 +99,7 @@ async def test_a_plan_is_pushed_at_once_and_reports_are_taken() -> None:
         call = stub.Coordinate()
         plan = await call.read()
         assert plan.policy == pb.VERIFICATION_POLICY_FIXED
-        assert (plan.block_size, plan.epoch) == (3, 1)
+        assert plan.block_size == 3
         await call.write(pb.StepReport(incarnation="v", step=7))
 
         async def reported() -> bool:
@@ -174,6 +170,24 @@ async def test_a_report_without_a_name_ends_its_own_stream_only() -> None:
         good.cancel()
 
 
+async def test_streams_that_are_refused_while_their_first_plan_goes_out_end() -> None:
+    async with scheduler() as (stub, _):
+
+        async def refused() -> grpc.StatusCode:
+            call = stub.Coordinate()
+            await call.write(pb.StepReport())
+            try:
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+            return await call.code()
+
+        async with asyncio.timeout(60):
+            codes = await asyncio.gather(*(refused() for _ in range(200)))
+        assert set(codes) == {grpc.StatusCode.INVALID_ARGUMENT}
+
+
 async def test_a_restarted_scheduler_knows_the_cluster() -> None:
     store = MemoryStore()
     async with scheduler(store) as (stub, _):
@@ -183,12 +197,18 @@ async def test_a_restarted_scheduler_knows_the_cluster() -> None:
         assert placed.verifier.incarnation == "v"
 
 
-class DeadStore(MemoryStore):
-    async def put(self, key: str, value: bytes, ttl_s: float | None = None) -> None:
-        raise UnavailableError("scripted")
-
-    async def list(self, prefix: str) -> dict[str, bytes]:
-        raise UnavailableError("scripted")
+async def test_what_the_store_holds_of_replicas_is_checked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = MemoryStore()
+    await store.put("registry/a", b"\xff\xff\xff")
+    await store.put("registry/b", replica(pb.ROLE_VERIFIER, "x" * 1000).SerializeToString())
+    await store.put("registry/v", replica(pb.ROLE_VERIFIER, "v").SerializeToString())
+    async with scheduler(store) as (stub, _):
+        placed = await stub.Place(pb.PlaceRequest(request_id="r", model="m"))
+        assert placed.verifier.incarnation == "v"
+    for key in ("registry/a", "registry/b"):
+        assert any(f" as {key}: " in r.getMessage() for r in caplog.records)
 
 
 async def test_a_dead_store_changes_nothing() -> None:

@@ -9,18 +9,16 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
+from helpers.dead_store import DeadStore
 
 from dspark.config import ServeConfig
-from dspark.errors import UnavailableError
 from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
 from dspark.rpc import step_times as client
-from dspark.rpc.server import ReplicaServer
 from dspark.rpc.step_times import SharedStepTimes
-from dspark.scheduling.cluster import Cluster
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.services.scheduler import step_times as kept
-from dspark.services.scheduler.servicer import SchedulerServicer
+from dspark.services.scheduler.service import SchedulerService
 from dspark.store import MemoryStore, Store
 from dspark.wire.step_times import step_times_to_pb
 
@@ -32,13 +30,11 @@ TABLE = StepTimeTable(
 
 @asynccontextmanager
 async def scheduler(store: Store) -> AsyncIterator[tuple[scheduler_pb2_grpc.SchedulerStub, str]]:
-    servicer = SchedulerServicer(ServeConfig(), Cluster(5.0, lambda: 0.0), store)
-    server = ReplicaServer()
-    scheduler_pb2_grpc.add_SchedulerServicer_to_server(servicer, server.server)
-    port = await server.start("127.0.0.1", 0, [pb.DESCRIPTOR.services_by_name["Scheduler"]])
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield scheduler_pb2_grpc.SchedulerStub(channel), f"127.0.0.1:{port}"
-    await server.stop(0)
+    service = SchedulerService(ServeConfig(), store, clock=lambda: 0.0)
+    address = await service.start("127.0.0.1")
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield scheduler_pb2_grpc.SchedulerStub(channel), address
+    await service.stop(0)
 
 
 def shared(address: str) -> SharedStepTimes:
@@ -110,14 +106,6 @@ async def test_what_the_store_holds_damaged_is_none(
         assert "ignored what the store holds" in caplog.text
         await asyncio.to_thread(shared(address).put, TABLE)
         assert await asyncio.to_thread(shared(address).get, NAME) == TABLE
-
-
-class DeadStore(MemoryStore):
-    async def put(self, key: str, value: bytes, ttl_s: float | None = None) -> None:
-        raise UnavailableError("scripted")
-
-    async def list(self, prefix: str) -> dict[str, bytes]:
-        raise UnavailableError("scripted")
 
 
 async def test_without_a_store_verifiers_measure_for_themselves(

