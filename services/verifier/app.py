@@ -86,6 +86,7 @@ class VerifierReplica:
         self._runner = EngineRunner(
             engine,
             on_results=self._servicer.deliver,
+            on_refused=self._servicer.refuse,
             on_report=self._coordinator.report,
             on_failure=self._servicer.fail,
         )
@@ -112,8 +113,12 @@ class VerifierReplica:
         await check_serving(self._address)
 
     async def __del__(self) -> None:
-        """Drain: nothing new, let streams finish, then stop."""
+        """Drain: nothing new, send away who waits, let streams finish for a while, then stop.
+
+        What has not finished by then is ended here, and gateways go on with it elsewhere.
+        """
         await self._lease.drain()
+        self._servicer.drain()
         await self._server.stop(_DRAIN_S)
         await self._coordinator.stop()
         await self._lease.stop()
