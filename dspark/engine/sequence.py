@@ -29,7 +29,7 @@ class Sequence:
     asked_at: float = 0.0  # when it was asked for, on the monotonic clock
     index: TextIndex | None = None  # once blocks have been looked up
     waiting_since: float = 0.0  # while it waits, on the monotonic clock
-    begun: bool = False  # it was admitted before, and waits to go on
+    begun: bool = False  # it has been admitted once
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

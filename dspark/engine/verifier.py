@@ -152,6 +152,8 @@ class VerifierEngine:
     def expire(self) -> dict[str, QueueTimeoutError]:
         """Drop requests that have waited for too long without having begun; why, by their ids."""
         late = self.roster.expire()
+        if not late:
+            return {}
         error = QueueTimeoutError(
             f"the request waited for {self.config.max_queue_s:g} s and could not be begun; retry "
             "later",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -48,4 +49,4 @@ class Pace:
 
 def bounded_wait_s(seconds: float) -> float:
     """A retry time that can be told to a client; what is no number counts as the least."""
-    return min(MOST_WAIT_S, max(LEAST_WAIT_S, seconds)) if seconds == seconds else LEAST_WAIT_S
+    return LEAST_WAIT_S if math.isnan(seconds) else min(MOST_WAIT_S, max(LEAST_WAIT_S, seconds))

@@ -25,7 +25,7 @@ from dspark.rpc.server import ReplicaServer, check_serving
 from dspark.rpc.step_times import SharedStepTimes
 from dspark.scheduling.autoscaling.options import verifier_options
 from dspark.scheduling.autoscaling.signals import to_stats
-from dspark.services.verifier.coordination import Coordinator
+from dspark.services.verifier.coordination import Coordinator, load_to_pb
 from dspark.services.verifier.servicer import VerifierServicer
 
 log = logging.getLogger(__name__)
@@ -71,9 +71,10 @@ class VerifierReplica:
                 model=model.target,
                 drafter_fingerprint=loaded.drafter_fingerprint,
                 max_context_tokens=min(loaded.target.max_positions, config.engine.cache_tokens),
+                step_times_fingerprint="" if engine.table is None else engine.table.fingerprint,
             ),
             locate=lambda: scheduler.grpc_address.remote(),
-            load=self._load,
+            load=lambda: load_to_pb(self._runner, config.engine),
             on_beat=self._heard,
             interval_s=config.scheduler.heartbeat_s,
         )
@@ -131,12 +132,6 @@ class VerifierReplica:
             return None
         return RemoteDraftLink(
             self._incarnation, loaded.drafter_fingerprint, loaded.target.vocab_size
-        )
-
-    def _load(self) -> scheduler_pb2.Load:
-        running, waiting, free, total = self._runner.load
-        return scheduler_pb2.Load(
-            running=running, waiting=waiting, free_pages=free, total_pages=total
         )
 
     def _heard(self, beat: scheduler_pb2.HeartbeatResponse) -> None:

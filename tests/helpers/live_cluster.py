@@ -20,6 +20,7 @@ from dspark.services.gateway.cluster import ClusterView
 from dspark.services.gateway.placement import Placement
 from dspark.services.gateway.router import Router
 from dspark.services.scheduler.servicer import SchedulerServicer
+from dspark.services.verifier.coordination import load_to_pb
 from dspark.services.verifier.servicer import VerifierServicer
 from dspark.store import MemoryStore
 from dspark.types import Request
@@ -33,6 +34,7 @@ class LiveVerifier:
     """What a verifier replica runs, without its process."""
 
     def __init__(self, engine: VerifierEngine) -> None:
+        self._bounds = engine.config
         self.incarnation = f"verifier-{uuid4().hex[:8]}"
         self._loop, self._stepped = asyncio.get_running_loop(), asyncio.Event()
         self._server = ReplicaServer()
@@ -65,7 +67,7 @@ class LiveVerifier:
                 max_context_tokens=512,
             ),
             locate,
-            lambda: load_of(self.runner),
+            lambda: load_to_pb(self.runner, self._bounds),
             lambda answer: None,
             BEAT_S,
         )
@@ -90,12 +92,6 @@ class LiveVerifier:
         await self._server.stop(grace_s)
         await self._lease.stop()
         await asyncio.to_thread(self.runner.stop)
-
-
-def load_of(runner: EngineRunner) -> sp.Load:
-    """What a verifier's heartbeats say."""
-    running, waiting, free, total = runner.load
-    return sp.Load(running=running, waiting=waiting, free_pages=free, total_pages=total)
 
 
 class LiveCluster:
