@@ -76,6 +76,7 @@ class EngineConfig:
 
     max_requests: int = 32  # generated at the same time
     max_waiting: int = 256  # queued behind them; beyond, OverloadedError
+    max_queue_s: float = 30.0  # a served request waits no longer to begin; 0: for ever
     cache_tokens: int = 32768  # positions of KV cache, over all requests
     prefill_chunk_tokens: int = 256  # prompt tokens in one step, at most
     prefill_stretch: float = 3.0  # such a step may take this many times one without prompts
@@ -95,6 +96,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "max_requests", "max_waiting", "cache_tokens", "prefill_chunk_tokens")
+        if not 0.0 <= self.max_queue_s < math.inf:
+            raise ConfigError(f"max_queue_s must be 0 (no limit) or more; got {self.max_queue_s}")
         if not self.prefill_stretch >= 1.0:
             raise ConfigError(f"prefill_stretch must be at least 1; got {self.prefill_stretch}")
         if self.policy not in ("adaptive", "fixed", "off"):

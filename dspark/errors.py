@@ -4,6 +4,7 @@
     ├── InvalidRequestError      the request itself is wrong          400  INVALID_ARGUMENT
     ├── ModelNotFoundError       no such model is served              404  NOT_FOUND
     ├── OverloadedError          a bounded queue is full; retry later 429  RESOURCE_EXHAUSTED
+    │   └── QueueTimeoutError    waited in one for as long as it may
     ├── UnavailableError         a part that is needed is not up      503  UNAVAILABLE
     │   └── NotLeaderError       this scheduler stands by; another one leads
     ├── CalibrationError         a calibration table is damaged, or another drafter's
@@ -50,6 +51,12 @@ class OverloadedError(DSparkError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QueueTimeoutError(OverloadedError):
+    """The request waited for as long as it may, and was not begun."""
+
+    code = "queue_timeout"
 
 
 class UnavailableError(DSparkError):

@@ -17,9 +17,10 @@ from dspark.engine.pages import PagePool, page_keys
 from dspark.engine.sequence import Sequence
 from dspark.errors import InvalidRequestError, OverloadedError
 from dspark.kernels.attention_plan import PAGE_SIZE, pages_for
+from dspark.scheduling.pace import Pace
 from dspark.types import FinishReason, Request
 
-_PATIENCE_S = 60.0  # without a ceiling a first token is due so late, and is not put off for ever
+_PATIENCE_S = 15.0  # without a ceiling a first token is due so late, and is not put off for ever
 
 
 class Roster:
@@ -41,6 +42,7 @@ class Roster:
         self.running: dict[str, Sequence] = {}  # in order of admission
         self.preemptions = 0
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
+        self._pace = Pace(time.monotonic)
 
     def add(self, request: Request, stop_token_ids: frozenset[int]) -> None:
         """Queue a request.
@@ -68,10 +70,14 @@ class Roster:
             )
         if request.id in self.running or any(s.request.id == request.id for s in self.waiting):
             raise InvalidRequestError(f"request id {request.id!r} is in use already", param="id")
-        if len(self.waiting) >= self._config.max_waiting:
+        # One that comes from another verifier was let in there: it may go over the bound.
+        if len(self.waiting) >= self._config.max_waiting * (2 if request.epoch else 1):
             raise OverloadedError(
-                f"{len(self.waiting)} requests wait already, the most that is allowed; retry later"
+                f"{len(self.waiting)} requests wait already, the most that is allowed; retry later",
+                retry_after_s=self.retry_after_s,
             )
+        if not self.running and not self.waiting:
+            self._pace.resume()
         service, now = self._config.service_class(request.service_class), time.monotonic()
         self.waiting.append(
             Sequence(
@@ -101,6 +107,33 @@ class Roster:
         waiting = list(self.waiting)  # in one go: the engine's thread goes on meanwhile
         return time.monotonic() - min(s.waiting_since for s in waiting) if waiting else 0.0
 
+    @property
+    def retry_after_s(self) -> float:
+        """When somebody who was turned away had better come back. For any thread."""
+        return self._pace.wait_s(len(self.waiting))
+
+    def expire(self) -> list[str]:
+        """Drop requests that have waited for too long; their ids.
+
+        What has begun never is, here or on another verifier.
+        """
+        limit_s = self._config.max_queue_s
+        if not limit_s or not self.waiting:
+            return []
+        came_by = time.monotonic() - limit_s
+        late = [s for s in self.waiting if s.waiting_since < came_by and not s.request.epoch]
+        return self._drop_waiting(late)
+
+    def dismiss(self) -> list[str]:
+        """Drop all requests that have not begun; their ids."""
+        return self._drop_waiting(list(self.waiting))
+
+    def _drop_waiting(self, some: list[Sequence]) -> list[str]:
+        dropped = [s for s in some if not s.begun]
+        for sequence in dropped:
+            self.waiting.remove(sequence)
+        return [s.request.id for s in dropped]
+
     def admit(self) -> None:
         """Start waiting requests while there is room for what they say already.
 
@@ -122,6 +155,7 @@ class Roster:
                 return
             sequence.hold(pages)
             self.waiting.remove(sequence)
+            sequence.begun = True
             self.running[sequence.request.id] = sequence
             self.cached_tokens += sequence.computed
 
@@ -177,6 +211,7 @@ class Roster:
 
     def _let_go(self, sequence: Sequence) -> None:
         """A request is over: its pages and its draft session."""
+        self._pace.finished()
         self.pages.release(sequence.give_up())
         self._free_session(sequence.session)
 

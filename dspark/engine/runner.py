@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 from dspark.engine.threads import use_all_threads
 from dspark.engine.verifier import VerifierEngine
-from dspark.errors import UnavailableError
+from dspark.errors import DSparkError, UnavailableError
 from dspark.scheduling.autoscaling.signals import Share, VerifierSignals
 from dspark.scheduling.calibration import CalibrationTable
 from dspark.types import Request, StepPlan, StepReport, VerificationResult
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 class EngineRunner:
     """Steps the engine while there is work; everything else goes through its inbox.
 
-    `on_results` and `on_report` are called on the engine's thread and must not block. When a step
-    raises, the engine's state is unknown: `failure` is set, `on_failure` is called once, and
-    nothing runs any more; the replica must be replaced.
+    `on_results`, `on_refused` (why, by request id) and `on_report` are called on the engine's
+    thread and must not block. When a step raises, the engine's state is unknown: `failure` is set,
+    `on_failure` is called once, and nothing runs any more; the replica must be replaced.
     """
 
     def __init__(
@@ -31,12 +31,13 @@ class EngineRunner:
         engine: VerifierEngine,
         *,
         on_results: Callable[[list[VerificationResult]], None],
+        on_refused: Callable[[Mapping[str, DSparkError]], None],
         on_report: Callable[[StepReport], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self._engine = engine
         self._on_results, self._on_report = on_results, on_report
-        self._on_failure = on_failure
+        self._on_refused, self._on_failure = on_refused, on_failure
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -81,6 +82,15 @@ class EngineRunner:
 
         self._post(drop)
 
+    def dismiss(self, error: DSparkError) -> None:
+        """Refuse what waits and has not begun."""
+
+        def refuse() -> None:
+            if self.failure is None:
+                self._refuse(dict.fromkeys(self._engine.dismiss(), error))
+
+        self._post(refuse)
+
     def set_plan(self, plan: StepPlan) -> None:
         """Follow `plan` from the next step on."""
         self._post(lambda: self._engine.set_plan(plan))
@@ -93,6 +103,11 @@ class EngineRunner:
     def load(self) -> tuple[int, int, int, int]:
         """The engine's load, as it stands; read without waiting."""
         return self._engine.load
+
+    @property
+    def retry_after_s(self) -> float:
+        """When somebody who was turned away had better come back; read without waiting."""
+        return self._engine.retry_after_s
 
     def signals(self) -> VerifierSignals:
         """For autoscaling. Shares are of what happened since the last call: there is one caller."""
@@ -115,6 +130,10 @@ class EngineRunner:
                 return
         action()  # nobody reads the inbox any more
 
+    def _refuse(self, refusals: Mapping[str, DSparkError]) -> None:
+        if refusals:
+            self._on_refused(refusals)
+
     def _mark_stopping(self) -> None:
         self._stopping = True
 
@@ -130,6 +149,7 @@ class EngineRunner:
                     action()
                 if self._stopping or not self._engine.has_work:
                     continue
+                self._refuse(self._engine.expire())
                 results = self._engine.step()
                 if results:
                     self._on_results(results)

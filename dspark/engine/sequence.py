@@ -35,6 +35,7 @@ class Sequence:
     index: TextIndex | None = None  # once blocks have been looked up
     prospect: Prospect = field(default_factory=Prospect)
     service: ServiceClass = field(default_factory=ServiceClass)
+    begun: bool = False  # it has been admitted once
     # On the monotonic clock, seconds:
     waiting_since: float = 0.0  # while it waits
     arrived_at: float = 0.0

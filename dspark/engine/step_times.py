@@ -106,16 +106,17 @@ def step_times(
 
 
 def _kept(name: str, grid: Grid, stores: Sequence[StepTimeStore]) -> StepTimeTable | None:
-    """Of the nearest store that has it; those before it keep it from now on."""
-    for i, store in enumerate(stores):
+    """Of the nearest store that has it; all keep it from now on."""
+    for store in stores:
         table = store.get(name)
         if table is None:
             continue
         if not grid.covers(table):
             log.warning("refused kept step times: measured at %s, not at %s", table, grid)
             continue
-        for nearer in stores[:i]:
-            nearer.put(table)
+        for other in stores:
+            if other is not store:
+                other.put(table)
         return table
     return None
 

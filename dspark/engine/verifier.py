@@ -23,6 +23,7 @@ from dspark.engine.lookup import PromptLookup
 from dspark.engine.roster import Roster
 from dspark.engine.sequence import Sequence
 from dspark.engine.speculation import Round, Speculation
+from dspark.errors import QueueTimeoutError
 from dspark.kernels.attention_plan import plan_attention
 from dspark.kernels.cpu import operators
 from dspark.models.drafter import FeatureProjection
@@ -147,6 +148,27 @@ class VerifierEngine:
     def abort(self, request_id: str) -> None:
         """Drop a request and all it holds; an unknown one is nothing to do."""
         self.roster.abort(request_id)
+
+    def expire(self) -> dict[str, QueueTimeoutError]:
+        """Drop requests that have waited for too long without having begun; why, by their ids."""
+        late = self.roster.expire()
+        if not late:
+            return {}
+        error = QueueTimeoutError(
+            f"the request waited for {self.config.max_queue_s:g} s and could not be begun; retry "
+            "later",
+            retry_after_s=self.retry_after_s,
+        )
+        return dict.fromkeys(late, error)
+
+    def dismiss(self) -> list[str]:
+        """Drop all requests that wait and have not begun; their ids."""
+        return self.roster.dismiss()
+
+    @property
+    def retry_after_s(self) -> float:
+        """When somebody who was turned away had better come back. For any thread."""
+        return self.roster.retry_after_s
 
     def check_pages(self) -> None:
         """RuntimeError if a page is lost, or held otherwise than the requests believe."""

@@ -30,23 +30,25 @@ VERIFICATION_POLICY_FIXED: VerificationPolicy
 VERIFICATION_POLICY_OFF: VerificationPolicy
 
 class Replica(_message.Message):
-    __slots__ = ("role", "incarnation", "address", "model", "drafter_fingerprint", "max_context_tokens")
+    __slots__ = ("role", "incarnation", "address", "model", "drafter_fingerprint", "max_context_tokens", "step_times_fingerprint")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_TIMES_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     role: Role
     incarnation: str
     address: str
     model: str
     drafter_fingerprint: str
     max_context_tokens: int
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., drafter_fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ...) -> None: ...
+    step_times_fingerprint: str
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., drafter_fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., step_times_fingerprint: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "free_pages", "total_pages", "busy_share", "queued_works", "works_per_s")
+    __slots__ = ("running", "waiting", "free_pages", "total_pages", "busy_share", "queued_works", "works_per_s", "page_tokens", "max_running", "max_waiting", "retry_after_ms")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +56,10 @@ class Load(_message.Message):
     BUSY_SHARE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_WORKS_FIELD_NUMBER: _ClassVar[int]
     WORKS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAITING_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     free_pages: int
@@ -61,7 +67,11 @@ class Load(_message.Message):
     busy_share: float
     queued_works: int
     works_per_s: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., busy_share: _Optional[float] = ..., queued_works: _Optional[int] = ..., works_per_s: _Optional[float] = ...) -> None: ...
+    page_tokens: int
+    max_running: int
+    max_waiting: int
+    retry_after_ms: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., busy_share: _Optional[float] = ..., queued_works: _Optional[int] = ..., works_per_s: _Optional[float] = ..., page_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("replica", "load", "draining")
@@ -92,18 +102,30 @@ class HeartbeatResponse(_message.Message):
     def __init__(self, lease_ms: _Optional[int] = ..., verifiers: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., drafts: _Optional[_Iterable[_Union[DraftShare, _Mapping]]] = ...) -> None: ...
 
 class PlaceRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt_tokens", "max_tokens", "avoid_incarnations")
+    __slots__ = ("request_id", "model", "prompt_tokens", "max_tokens", "avoid_incarnations", "prefixes", "let_in")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     AVOID_INCARNATIONS_FIELD_NUMBER: _ClassVar[int]
+    PREFIXES_FIELD_NUMBER: _ClassVar[int]
+    LET_IN_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt_tokens: int
     max_tokens: int
     avoid_incarnations: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., avoid_incarnations: _Optional[_Iterable[str]] = ...) -> None: ...
+    prefixes: _containers.RepeatedCompositeFieldContainer[Prefix]
+    let_in: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., avoid_incarnations: _Optional[_Iterable[str]] = ..., prefixes: _Optional[_Iterable[_Union[Prefix, _Mapping]]] = ..., let_in: bool = ...) -> None: ...
+
+class Prefix(_message.Message):
+    __slots__ = ("tokens", "hash")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    hash: int
+    def __init__(self, tokens: _Optional[int] = ..., hash: _Optional[int] = ...) -> None: ...
 
 class PlaceResponse(_message.Message):
     __slots__ = ("verifier",)

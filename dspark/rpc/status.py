@@ -13,17 +13,21 @@ from dspark.errors import (
     NotLeaderError,
     OverloadedError,
     ProtocolError,
+    QueueTimeoutError,
     UnavailableError,
 )
+from dspark.scheduling.pace import LEAST_WAIT_S, bounded_wait_s
 
 _STATUS: dict[type[DSparkError], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
     OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    QueueTimeoutError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
     NotLeaderError: grpc.StatusCode.UNAVAILABLE,
     ProtocolError: grpc.StatusCode.FAILED_PRECONDITION,
 }
+_CODE = "dspark-code"
 _PARAM = "dspark-param"
 _RETRY_AFTER = "dspark-retry-after-s"
 _LEADER = "dspark-leader"  # of a scheduler that stands by; empty: it knows of none
@@ -32,7 +36,7 @@ _LEADER = "dspark-leader"  # of a scheduler that stands by; empty: it knows of n
 async def abort(context: grpc.aio.ServicerContext, error: DSparkError) -> NoReturn:
     """End the call with the status that `error` stands for."""
     status = _STATUS.get(type(error), grpc.StatusCode.INTERNAL)
-    trailing: list[tuple[str, str]] = []
+    trailing = [(_CODE, error.code)]
     if isinstance(error, InvalidRequestError) and error.param:
         trailing.append((_PARAM, error.param))
     if isinstance(error, OverloadedError):
@@ -52,9 +56,20 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> DSparkError:
     if error.code() is grpc.StatusCode.NOT_FOUND:
         return ModelNotFoundError(message)
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return OverloadedError(message, retry_after_s=float(trailing.get(_RETRY_AFTER, 1.0)))
+        kind = (
+            QueueTimeoutError if trailing.get(_CODE) == QueueTimeoutError.code else OverloadedError
+        )
+        return kind(message, retry_after_s=_retry_after_s(trailing.get(_RETRY_AFTER, "")))
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
         return ProtocolError(message)
     if _LEADER in trailing:
         return NotLeaderError(trailing[_LEADER])
     return UnavailableError(message)
+
+
+def _retry_after_s(text: str) -> float:
+    """A retry time that anybody may have written."""
+    try:
+        return bounded_wait_s(float(text))
+    except ValueError:
+        return LEAST_WAIT_S

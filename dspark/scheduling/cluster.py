@@ -1,9 +1,10 @@
 """What the scheduler knows of the cluster, and where requests go. No I/O; the clock is given.
 
 A replica is known by its incarnation, one for each start of its process, and forgotten when its
-lease runs out. Requests go to the least busy verifier; those placed since its last sign of life
-count too, so that a burst between two heartbeats spreads. Verifiers and the draft replicas of their
-drafter are paired evenly (dspark.scheduling.pairing), and pairs stay while that lasts.
+lease runs out. Requests go where they gain most (dspark.scheduling.placement); those placed since
+a verifier's last sign of life count too, so that a burst between two heartbeats spreads. Verifiers
+and the draft replicas of their drafter are paired evenly (dspark.scheduling.pairing); pairs stay
+while that lasts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from enum import StrEnum
 from dspark.errors import ModelNotFoundError, UnavailableError
 from dspark.scheduling.draft_quota import is_saturated
 from dspark.scheduling.pairing import Pair, pair
+from dspark.scheduling.placement import Ask, Candidate, Curve, choose
 
 
 class Role(StrEnum):
@@ -36,6 +38,7 @@ class Replica:
     model: str = ""
     drafter_fingerprint: str = ""
     max_context_tokens: int = 0
+    step_times_fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,11 @@ class Load:
     busy_share: float = 0.0  # of the time, spent on work
     queued_works: int = 0  # the most that waited behind a run
     works_per_s: float = 0.0  # of the time spent on them; 0: not known
+    # Of a verifier; 0: not told.
+    page_tokens: int = 0
+    max_running: int = 0
+    max_waiting: int = 0
+    retry_after_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -61,12 +69,28 @@ class Member:
     seen_at: float
     draining: bool = False
     saturated: bool = False  # a draft replica that is asked for more than it can do
-    placed: set[str] = field(default_factory=set)  # request ids since the last heartbeat
+    # Since the last heartbeat: prompt tokens by request id.
+    placed: dict[str, int] = field(default_factory=dict)
+    curve: Curve | None = None  # of a verifier: what requests gain there, if that is known
 
     @property
     def busy(self) -> int:
         """Requests that it has or is about to get."""
         return self.load.running + self.load.waiting + len(self.placed)
+
+    @property
+    def candidate(self) -> Candidate:
+        """As placement sees it."""
+        load, page = self.load, max(1, self.load.page_tokens)
+        return Candidate(
+            name=self.replica.incarnation,
+            requests=self.busy,
+            queued=load.waiting + len(self.placed),
+            most_requests=load.max_running,
+            free_pages=load.free_pages - sum(-(-tokens // page) for tokens in self.placed.values()),
+            page_tokens=load.page_tokens,
+            curve=self.curve,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +138,13 @@ class Cluster:
             del self._members[name]
         return list(self._members.values())
 
-    def replica(self, incarnation: str) -> Replica | None:
+    def member(self, incarnation: str) -> Member | None:
         """One that had a lease when it was last looked."""
-        member = self._members.get(incarnation)
+        return self._members.get(incarnation)
+
+    def replica(self, incarnation: str) -> Replica | None:
+        """Who that is."""
+        member = self.member(incarnation)
         return None if member is None else member.replica
 
     def silent_s(self, member: Member) -> float:
@@ -133,7 +161,9 @@ class Cluster:
             and (model is None or m.replica.model == model)
         ]
 
-    def place(self, request_id: str, model: str, avoid: Iterable[str] = ()) -> Replica:
+    def place(
+        self, request_id: str, model: str, avoid: Iterable[str] = (), ask: Ask | None = None
+    ) -> Replica:
         """The verifier for a request; the same again for a repeated call.
 
         Raises ModelNotFoundError when nobody ever hosted the model, UnavailableError when nobody
@@ -150,9 +180,10 @@ class Cluster:
         for member in wanted:
             if request_id in member.placed:
                 return member.replica
-        chosen = min(wanted, key=lambda m: (m.busy, -m.load.free_pages, m.replica.incarnation))
-        chosen.placed.add(request_id)
-        return chosen.replica
+        ask = ask or Ask()
+        name = choose([m.candidate for m in wanted], ask).name
+        self._members[name].placed[request_id] = ask.prompt_tokens
+        return self._members[name].replica
 
     def drafts_for(self, verifier: str) -> list[DraftShare]:
         """The draft replicas that a verifier shall connect to; none if none fits."""

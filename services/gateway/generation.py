@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from dspark.errors import InvalidRequestError, ModelNotFoundError, OverloadedError, UnavailableError
+from dspark.scheduling.pace import Pace
 from dspark.services.gateway.cluster import ClusterView
 from dspark.services.gateway.detokenize import TokenDecoder
 from dspark.services.gateway.request import GenerationRequest, fit, sampling_of
@@ -62,7 +63,7 @@ class Generator:
         self._encoder, self._make_decoder, self._router = encoder, make_decoder, router
         self._max_in_flight, self._first_wait_s = max_in_flight, first_wait_s
         self._service_class = service_class
-        self._in_flight = 0
+        self._in_flight, self._pace = 0, Pace()
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -129,14 +130,18 @@ class Generator:
         if self._in_flight >= self._max_in_flight:
             raise OverloadedError(
                 f"the gateway has {self._in_flight} requests in flight, which is its limit: retry "
-                "later, or raise gateway.max_in_flight"
+                "later, or raise gateway.max_in_flight",
+                retry_after_s=self._pace.wait_s(1),
             )
+        if not self._in_flight:
+            self._pace.resume()
         self._in_flight += 1
         self._idle.clear()
         try:
             yield
         finally:
             self._in_flight -= 1
+            self._pace.finished()
             if not self._in_flight:
                 self._idle.set()
 

@@ -14,6 +14,7 @@ from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
 from dspark.rpc.status import from_rpc_error
 from dspark.services.gateway.cluster import ClusterView
+from dspark.services.gateway.prefixes import prefixes_of
 from dspark.types import Request
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,13 @@ class Placement:
     """`scheduler` gives the channel to the scheduler, or None while it is away."""
 
     def __init__(
-        self, cluster: ClusterView, scheduler: Callable[[], grpc.aio.Channel | None]
+        self,
+        cluster: ClusterView,
+        scheduler: Callable[[], grpc.aio.Channel | None],
+        prefix_cache: bool = True,  # of the verifiers
     ) -> None:
         self._cluster, self._scheduler = cluster, scheduler
+        self._prefix_cache = prefix_cache
 
     async def place(self, request: Request, model: str, avoid: Collection[str]) -> pb.Replica:
         """A verifier for the request; UnavailableError if there is none at the moment.
@@ -51,6 +56,8 @@ class Placement:
             prompt_tokens=len(request.prompt_token_ids),
             max_tokens=request.sampling.max_tokens,
             avoid_incarnations=avoid,
+            prefixes=prefixes_of(model, request.prompt_token_ids) if self._prefix_cache else (),
+            let_in=request.epoch > 0,
         )
         stub = scheduler_pb2_grpc.SchedulerStub(channel)
         try:

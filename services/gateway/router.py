@@ -16,7 +16,13 @@ from dataclasses import replace
 
 import grpc
 
-from dspark.errors import DSparkError, OverloadedError, ProtocolError, UnavailableError
+from dspark.errors import (
+    DSparkError,
+    OverloadedError,
+    ProtocolError,
+    QueueTimeoutError,
+    UnavailableError,
+)
 from dspark.pb import scheduler_pb2, verifier_pb2, verifier_pb2_grpc
 from dspark.rpc.status import from_rpc_error
 from dspark.services.gateway.channels import ChannelCache
@@ -78,8 +84,9 @@ class Router:
     ) -> AsyncGenerator[VerificationResult, None]:
         """Results up to the one with a finish reason. Closing it cancels the verifier's call.
 
-        Raises OverloadedError before the first token, UnavailableError when no verifier went on
-        in time, and whatever a verifier says against the request.
+        Raises OverloadedError before a verifier has let it in, or when that could not begin it in
+        time, UnavailableError when no verifier went on in time, and whatever a verifier says
+        against the request.
         """
         patience_s = self._resume_timeout_s
         if not self._cluster.ever_known:
@@ -99,7 +106,7 @@ class Router:
                 raise BrokenStreamError("the verifier ended the stream before the generation")
             except OverloadedError as error:
                 journey.overloaded(verifier, error)
-                if journey.begun:
+                if journey.let_in:
                     await journey.pause(error)
             except (UnavailableError, BrokenStreamError) as error:
                 journey.failed(verifier, error)
@@ -134,9 +141,9 @@ class _Journey:
         self._trouble_since: float | None = None
 
     @property
-    def begun(self) -> bool:
-        """Whether the caller has tokens already: then the request was let in, and may wait."""
-        return bool(self._committed)
+    def let_in(self) -> bool:
+        """Whether a verifier has had it already: then it waits rather than be refused."""
+        return bool(self._committed) or self.request.epoch > 0
 
     def advance(self, message: verifier_pb2.GenerateTokensResponse) -> VerificationResult:
         """Take in committed tokens; BrokenStreamError if the message breaks the contract."""
@@ -162,17 +169,22 @@ class _Journey:
 
     def refuse_full(self, verifier: scheduler_pb2.Replica) -> None:
         """OverloadedError if the scheduler had nobody but one that is full."""
-        error = self._full.get(verifier.incarnation)
-        if error is not None and not self.begun:
-            raise error
+        if verifier.incarnation in self._full and not self.let_in:
+            raise min(self._full.values(), key=lambda error: error.retry_after_s)
 
     def overloaded(self, verifier: scheduler_pb2.Replica | None, error: OverloadedError) -> None:
         """Note who is full; OverloadedError if that is the last word."""
-        if not self.begun and (verifier is None or verifier.incarnation in self._full):
+        if not self.let_in and (
+            verifier is None
+            or verifier.incarnation in self._full
+            or isinstance(error, QueueTimeoutError)  # another queue would only begin anew
+        ):
             raise error
         if verifier is not None:
             self._full[verifier.incarnation] = error
-            self._left(verifier)
+            self._shun(verifier)
+            if self.let_in:
+                self._begin_epoch()
 
     def failed(self, verifier: scheduler_pb2.Replica | None, error: Exception) -> None:
         """Note who failed; UnavailableError if verifiers crash one after the other."""
@@ -182,7 +194,8 @@ class _Journey:
             "request %s, epoch %d: %s failed after %d tokens: %s",
             self._original.id, self.request.epoch, verifier.address, len(self._committed), error,
         )  # fmt: skip
-        self._left(verifier)
+        self._shun(verifier)
+        self._begin_epoch()
         self._crashes += isinstance(error, BrokenStreamError) and error.crashed
         if self._crashes >= _MAX_CRASHES:
             raise UnavailableError(
@@ -206,12 +219,15 @@ class _Journey:
             wish_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._failures, 8))
             await asyncio.sleep(min(wish_s, self._patience_s - silent_s))
 
-    def _left(self, verifier: scheduler_pb2.Replica) -> None:
-        """The verifier may still be at it; with a new epoch its words no longer count."""
+    def _shun(self, verifier: scheduler_pb2.Replica) -> None:
+        """Try others before it."""
         self.avoid.pop(verifier.incarnation, None)
         self.avoid[verifier.incarnation] = None
         if len(self.avoid) > _MAX_AVOIDED:
             del self.avoid[next(iter(self.avoid))]
+
+    def _begin_epoch(self) -> None:
+        """A verifier may still be at it; with a new epoch its words no longer count."""
         original, committed = self._original, len(self._committed)
         self.request = replace(
             original,

@@ -37,7 +37,9 @@ class GatewayService:
         model, gateway = config.model.target, config.gateway
         self.cluster = ClusterView(model)
         placement = Placement(
-            self.cluster, lambda: None if self._keeper is None else self._keeper.channel
+            self.cluster,
+            lambda: None if self._keeper is None else self._keeper.channel,
+            config.engine.prefix_cache,
         )
         self._router = Router(self.cluster, placement, gateway.resume_timeout_s, first_wait_s)
         self.generator = Generator(

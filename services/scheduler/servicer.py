@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -29,8 +28,9 @@ from dspark.scheduling.draft_quota import max_blocks
 from dspark.services.scheduler.calibrations import Calibrations, Follower
 from dspark.services.scheduler.leadership import Leadership, LeaderStore
 from dspark.services.scheduler.load_report import load_to_pb
+from dspark.services.scheduler.placing import Placing
 from dspark.services.scheduler.plans import RENEW_AFTER_S, plan_for
-from dspark.services.scheduler.step_times import StepTimes
+from dspark.services.scheduler.step_times import StepTimes, check_fingerprint
 from dspark.store import Store
 from dspark.wire.bounds import MAX_ID_CHARS
 from dspark.wire.plans import plan_to_pb
@@ -70,6 +70,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         self._reports: dict[str, pb.StepReport] = {}
         self._calibrations = Calibrations(cluster, self._store)
         self._step_times = StepTimes(self._store)
+        self._placing = Placing(config.scheduler, cluster, self._step_times)
         self._unkept: dict[str, pb.HeartbeatRequest] = {}  # by incarnation, the latest
         self._copying: asyncio.Task[None] | None = None
         self._store_down = False
@@ -99,6 +100,9 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         except DSparkError as error:
             await abort(context, error)
         self._cluster.beat(replica, load, request.draining)
+        self._placing.heard(replica.incarnation)
+        if replica.step_times_fingerprint:
+            self._step_times.learn(replica.step_times_fingerprint)
         self._keep(replica.incarnation, request)
         answer = pb.HeartbeatResponse(lease_ms=round(self._config.scheduler.lease_s * 1000))
         if replica.role is Role.VERIFIER:
@@ -118,9 +122,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             self._leadership.require()
             _bounded("request_id", request.request_id, MAX_ID_CHARS)
             _bounded("model", request.model, _MAX_TEXT)
-            chosen = self._cluster.place(
-                request.request_id, request.model, request.avoid_incarnations
-            )
+            chosen = self._placing.place(request)
         except DSparkError as error:
             await abort(context, error)
         return pb.PlaceResponse(verifier=_replica_to_pb(chosen))
@@ -195,6 +197,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         last = self._reports.get(report.incarnation)
         if last is None or report.step > last.step:  # the latest may come twice
             self._calibrations.take(report)
+            self._placing.take(report)
         report.ClearField("outcomes")  # they are in the window now
         self._reports[report.incarnation] = report
 
@@ -225,7 +228,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
     def _status(self, member: Member) -> pb.ReplicaStatus:
         return pb.ReplicaStatus(
             replica=_replica_to_pb(member.replica),
-            load=pb.Load(**asdict(member.load)),
+            load=_load_to_pb(member.load),
             draining=member.draining,
             silent_ms=round(self._cluster.silent_s(member) * 1000),
         )
@@ -270,6 +273,8 @@ def _replica(message: pb.Replica) -> Replica:
         _bounded("model", message.model, _MAX_TEXT)
     if message.drafter_fingerprint:
         _bounded("drafter_fingerprint", message.drafter_fingerprint, MAX_ID_CHARS)
+    if message.step_times_fingerprint:
+        check_fingerprint(message.step_times_fingerprint)
     return Replica(
         role=role,
         incarnation=message.incarnation,
@@ -277,6 +282,7 @@ def _replica(message: pb.Replica) -> Replica:
         model=message.model,
         drafter_fingerprint=message.drafter_fingerprint,
         max_context_tokens=message.max_context_tokens,
+        step_times_fingerprint=message.step_times_fingerprint,
     )
 
 
@@ -288,6 +294,7 @@ def _replica_to_pb(replica: Replica) -> pb.Replica:
         model=replica.model,
         drafter_fingerprint=replica.drafter_fingerprint,
         max_context_tokens=replica.max_context_tokens,
+        step_times_fingerprint=replica.step_times_fingerprint,
     )
 
 
@@ -299,13 +306,33 @@ def _load(message: pb.Load) -> Load:
             param="load",
         )
     return Load(
-        message.running,
-        message.waiting,
-        message.free_pages,
-        message.total_pages,
-        message.busy_share,
-        message.queued_works,
-        message.works_per_s,
+        running=message.running,
+        waiting=message.waiting,
+        free_pages=message.free_pages,
+        total_pages=message.total_pages,
+        page_tokens=message.page_tokens,
+        max_running=message.max_running,
+        max_waiting=message.max_waiting,
+        retry_after_s=message.retry_after_ms / 1000,
+        busy_share=message.busy_share,
+        queued_works=message.queued_works,
+        works_per_s=message.works_per_s,
+    )
+
+
+def _load_to_pb(load: Load) -> pb.Load:
+    return pb.Load(
+        running=load.running,
+        waiting=load.waiting,
+        free_pages=load.free_pages,
+        total_pages=load.total_pages,
+        page_tokens=load.page_tokens,
+        max_running=load.max_running,
+        max_waiting=load.max_waiting,
+        retry_after_ms=round(load.retry_after_s * 1000),
+        busy_share=load.busy_share,
+        queued_works=load.queued_works,
+        works_per_s=load.works_per_s,
     )
 
 

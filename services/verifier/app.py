@@ -25,7 +25,7 @@ from dspark.rpc.server import ReplicaServer, check_serving
 from dspark.rpc.step_times import SharedStepTimes
 from dspark.scheduling.autoscaling.options import verifier_options
 from dspark.scheduling.autoscaling.signals import to_stats
-from dspark.services.verifier.coordination import Coordinator
+from dspark.services.verifier.coordination import Coordinator, load_to_pb
 from dspark.services.verifier.servicer import VerifierServicer
 
 log = logging.getLogger(__name__)
@@ -75,9 +75,10 @@ class VerifierReplica:
                 model=model.target,
                 drafter_fingerprint=loaded.drafter_fingerprint,
                 max_context_tokens=min(loaded.target.max_positions, config.engine.cache_tokens),
+                step_times_fingerprint="" if engine.table is None else engine.table.fingerprint,
             ),
             locate=lambda: scheduler.grpc_address.remote(),
-            load=self._load,
+            load=lambda: load_to_pb(self._runner, config.engine),
             on_beat=self._heard,
             interval_s=config.scheduler.heartbeat_s,
         )
@@ -90,6 +91,7 @@ class VerifierReplica:
         self._runner = EngineRunner(
             engine,
             on_results=self._servicer.deliver,
+            on_refused=self._servicer.refuse,
             on_report=self._coordinator.report,
             on_failure=self._servicer.fail,
         )
@@ -114,20 +116,18 @@ class VerifierReplica:
         await check_serving(self._address)
 
     async def __del__(self) -> None:
-        """Drain: nothing new, let streams finish, then stop."""
+        """Drain: nothing new, send away who waits, let streams finish for a while, then stop.
+
+        What has not finished by then is ended here, and gateways go on with it elsewhere.
+        """
         await self._lease.drain()
+        self._servicer.drain()
         await self._server.stop(_DRAIN_S)
         await self._coordinator.stop()
         await self._lease.stop()
         if self._link is not None:
             await self._link.stop()
         await asyncio.to_thread(self._runner.stop)
-
-    def _load(self) -> scheduler_pb2.Load:
-        running, waiting, free, total = self._runner.load
-        return scheduler_pb2.Load(
-            running=running, waiting=waiting, free_pages=free, total_pages=total
-        )
 
     def _heard(self, beat: scheduler_pb2.HeartbeatResponse) -> None:
         shares = {one.draft.address: one.share for one in beat.drafts if 0.0 < one.share <= 1.0}

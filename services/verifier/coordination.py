@@ -8,7 +8,10 @@ from collections.abc import Callable
 
 import grpc
 
+from dspark.config import EngineConfig
+from dspark.engine.runner import EngineRunner
 from dspark.errors import ProtocolError
+from dspark.kernels.attention_plan import PAGE_SIZE
 from dspark.pb import scheduler_pb2, scheduler_pb2_grpc
 from dspark.scheduling.calibration import CalibrationTable
 from dspark.types import StepPlan, StepReport
@@ -124,3 +127,18 @@ class Coordinator:
         if not self._refused:
             log.warning("refused a plan of epoch %d: there was one of %d", epoch, self._epoch)
         self._refused += 1
+
+
+def load_to_pb(runner: EngineRunner, bounds: EngineConfig) -> scheduler_pb2.Load:
+    """How busy a verifier is, for its heartbeats."""
+    running, waiting, free, total = runner.load
+    return scheduler_pb2.Load(
+        running=running,
+        waiting=waiting,
+        free_pages=free,
+        total_pages=total,
+        page_tokens=PAGE_SIZE,
+        max_running=bounds.max_requests,
+        max_waiting=bounds.max_waiting,
+        retry_after_ms=round(runner.retry_after_s * 1000),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import grpc
 
@@ -17,12 +17,13 @@ from dspark.wire.requests import request_from_pb, result_to_pb
 
 
 class VerifierServicer(verifier_pb2_grpc.VerifierServicer):
-    """Streams of committed tokens. `deliver` and `fail` may be called from any thread."""
+    """Streams of committed tokens. `deliver`, `refuse`, `fail`: to be called from any thread."""
 
     def __init__(self, model: str, loop: asyncio.AbstractEventLoop) -> None:
         self._model = model
         self._loop = loop
         self._runner: EngineRunner | None = None
+        self._draining = False
         self._streams: dict[str, asyncio.Queue[VerificationResult | DSparkError]] = {}
 
     def attach(self, runner: EngineRunner) -> None:
@@ -37,6 +38,16 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServicer):
     def deliver(self, results: list[VerificationResult]) -> None:
         """Hand a step's tokens to their streams: one hop to the event loop a step."""
         self._loop.call_soon_threadsafe(self._deliver, results)
+
+    def refuse(self, refusals: Mapping[str, DSparkError]) -> None:
+        """End the streams of requests that the engine has dropped."""
+        self._loop.call_soon_threadsafe(self._refuse, refusals)
+
+    def drain(self) -> None:
+        """Take nothing new, and send away who waits: gateways go on elsewhere at once."""
+        self._draining = True
+        if self._runner is not None:
+            self._runner.dismiss(_leaving())
 
     def fail(self, error: BaseException) -> None:
         """End every stream: the engine is gone, and the gateway will go on elsewhere."""
@@ -73,6 +84,8 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServicer):
         request = request_from_pb(message)
         if self._runner is None:
             raise UnavailableError("this verifier is still starting")
+        if self._draining:
+            raise _leaving()
         results: asyncio.Queue[VerificationResult | DSparkError] = asyncio.Queue()
         # Before the engine has it: the first result may come before `add` has returned here.
         if request.id in self._streams:
@@ -96,6 +109,16 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServicer):
             if stream is not None:
                 stream.put_nowait(result)
 
+    def _refuse(self, refusals: Mapping[str, DSparkError]) -> None:
+        for name, error in refusals.items():
+            stream = self._streams.get(name)
+            if stream is not None:
+                stream.put_nowait(error)
+
     def _fail(self, error: DSparkError) -> None:
         for stream in self._streams.values():
             stream.put_nowait(error)
+
+
+def _leaving() -> UnavailableError:
+    return UnavailableError("this verifier is shutting down: go on with another")

@@ -45,6 +45,7 @@ class Script:
     fail_at: int | None = None  # fail before this step …
     code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
     details: str = "scripted"
+    trailing: tuple[tuple[str, str], ...] = ()
     end_at: int | None = None  # … or end the stream as if all were well
     hold_at: int | None = None  # … or wait for `FakeVerifier.release`
     replies: tuple[vp.GenerateTokensResponse, ...] | None = None  # … or say just this
@@ -108,7 +109,7 @@ class FakeVerifier(verifier_pb2_grpc.VerifierServicer):
                     return
                 if i == script.fail_at:
                     done = True
-                    await context.abort(script.code, script.details)
+                    await context.abort(script.code, script.details, script.trailing)
                 if i == script.hold_at:
                     self.held.set()
                     await self.release.wait()
@@ -142,7 +143,8 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
 
     def __init__(self, *verifiers: FakeVerifier) -> None:
         self.verifiers = list(verifiers)
-        self.refusals: deque[tuple[grpc.StatusCode, str]] = deque()  # of the next placements
+        # Of the next placements: code, details and perhaps trailing metadata.
+        self.refusals: deque[tuple[Any, ...]] = deque()
         self.places: list[sp.PlaceRequest] = []
         self.placed, self.answer_places = asyncio.Event(), asyncio.Event()
         self.answer_places.set()

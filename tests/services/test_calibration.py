@@ -358,6 +358,7 @@ async def test_an_engines_own_blocks_calibrate_it(monkeypatch: pytest.MonkeyPatc
         runner = EngineRunner(
             engine,
             on_results=lambda results: None,
+            on_refused=lambda refusals: None,
             on_report=coordinator.report,
             on_failure=lambda error: None,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -161,7 +162,8 @@ async def test_a_full_verifier_is_passed_over() -> None:
     async with running_gateway(verifiers=2) as cluster:
         cluster.verifier.scripts.append(FULL)
         assert_whole(cluster, await generate(cluster))
-        assert len(cluster.verifiers[1].requests) == 1
+        (request,) = cluster.verifiers[1].requests
+        assert request.epoch == 0  # nobody else can be at it
 
 
 async def test_overload_passes_through_when_all_are_full() -> None:
@@ -171,6 +173,25 @@ async def test_overload_passes_through_when_all_are_full() -> None:
         error = await refusal(cluster)
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert [len(verifier.requests) for verifier in cluster.verifiers] == [1, 1]
+
+
+async def test_a_request_that_waited_in_vain_is_not_queued_again() -> None:
+    async with running_gateway(verifiers=2) as cluster:
+        late = (("dspark-code", "queue_timeout"), ("dspark-retry-after-s", "9"))
+        cluster.verifier.scripts.append(replace(FULL, trailing=late))
+        error = await refusal(cluster)
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(error.trailing_metadata())["dspark-retry-after-s"] == "9"
+        assert not cluster.verifiers[1].requests
+
+
+async def test_a_request_that_was_sent_away_waits_out_an_overload() -> None:
+    async with running_gateway(verifiers=2) as cluster:
+        first, second = cluster.verifiers
+        first.scripts.extend([Script(fail_at=0), FULL])  # it drains, and is full afterwards
+        second.scripts.extend([FULL, FULL])
+        assert_whole(cluster, await generate(cluster))
+        assert [place.let_in for place in cluster.scheduler.places][:2] == [False, True]
 
 
 async def test_overload_said_by_the_scheduler_passes_through() -> None:

@@ -189,6 +189,21 @@ async def test_an_error_before_the_first_token_has_a_status(cluster: Cluster) ->
         await assert_serving(http)
 
 
+async def test_a_refusal_says_when_to_come_back(cluster: Cluster) -> None:
+    wait = (("dspark-retry-after-s", "16.2"),)
+    full = grpc.StatusCode.RESOURCE_EXHAUSTED
+    late = (("dspark-code", "queue_timeout"), ("dspark-retry-after-s", "nonsense"))
+    cluster.scheduler.refusals.append((full, "all are full", wait))
+    cluster.verifier.scripts.append(Script(fail_at=0, code=full, trailing=late))
+    async with cluster.http() as http:
+        for retry_after, code in (("17", "overloaded"), ("1", "queue_timeout")):
+            answer = await http.post(TEXT_PATH, json=TEXT)
+            assert answer.status_code == 429
+            assert answer.headers["retry-after"] == retry_after
+            assert answer.json()["error"]["code"] == code
+        await assert_serving(http)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("hold_at", [0, 1])
 async def test_hanging_up_frees_everything(cluster: Cluster, stream: bool, hold_at: int) -> None:

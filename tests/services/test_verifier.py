@@ -12,11 +12,14 @@ import grpc
 import pytest
 from helpers.tiny import run, tiny_drafter, tiny_engine, tiny_target
 
+from dspark.engine import roster
 from dspark.engine.runner import EngineRunner
 from dspark.engine.verifier import VerifierEngine
+from dspark.errors import QueueTimeoutError
 from dspark.pb import verifier_pb2 as pb
 from dspark.pb import verifier_pb2_grpc
 from dspark.rpc.server import ReplicaServer
+from dspark.rpc.status import from_rpc_error
 from dspark.services.verifier.servicer import VerifierServicer
 from dspark.types import Request, SamplingParams
 from dspark.wire.requests import request_to_pb
@@ -34,6 +37,7 @@ async def serving(engine: VerifierEngine) -> AsyncIterator[tuple[Any, EngineRunn
     runner = EngineRunner(
         engine,
         on_results=servicer.deliver,
+        on_refused=servicer.refuse,
         on_report=lambda report: None,
         on_failure=servicer.fail,
     )
@@ -101,6 +105,29 @@ async def test_more_than_the_queue_holds_is_refused() -> None:
         assert all("wait already" in str(o) for o in refused)
         for i in range(30):
             runner.abort(str(i))
+
+
+async def test_who_waits_too_long_is_told_when_to_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(roster.time, "monotonic", lambda: now)
+    async with serving(tiny_engine(TARGET, max_requests=1, max_queue_s=30.0)) as (stub, runner):
+        running = stub.GenerateTokens(request_to_pb(request("runs", 450), "m"))
+        assert (await running.read()).token_ids
+        waiting = stub.GenerateTokens(request_to_pb(request("waits"), "m"))
+        reading = asyncio.create_task(waiting.read())
+        while not runner.load[1]:
+            await asyncio.to_thread(threading.Event().wait, 0.001)
+        now = 31.0
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reading
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        told = from_rpc_error(caught.value)
+        assert isinstance(told, QueueTimeoutError)
+        assert 1.0 <= told.retry_after_s <= 60.0
+        running.cancel()
+        assert len(await collect(stub, request("later"))) == 40
 
 
 async def test_cancelling_frees_everything() -> None:

@@ -127,9 +127,9 @@ def test_what_is_due_first_begins_first(monkeypatch: pytest.MonkeyPatch) -> None
     while engine.has_work:
         begun += [r.request_id for r in engine.step() if r.request_id not in begun]
     assert begun == ["urgent", "also", "patient"]
-    # but nobody waits for ever: who has waited for a minute is due before newcomers
+    # but nobody waits for ever: who has waited for long is due before newcomers
     engine.add(request("patient", tokens=4))
-    now += 61.0
+    now += 16.0
     engine.add(request("urgent", "prompt", tokens=4))
     assert engine.step()[0].request_id == "patient"
 

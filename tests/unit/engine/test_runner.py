@@ -11,7 +11,7 @@ from helpers.tiny import Tally, run, tiny_engine, tiny_target
 
 from dspark.engine.runner import EngineRunner
 from dspark.engine.verifier import VerifierEngine
-from dspark.errors import InvalidRequestError, UnavailableError
+from dspark.errors import DSparkError, InvalidRequestError, UnavailableError
 from dspark.types import Request, SamplingParams, StepReport, VerificationResult
 
 WAIT_S = 30.0  # until a test gives up; never the time that it takes
@@ -28,12 +28,14 @@ class Watcher:
     def __init__(self, engine: VerifierEngine) -> None:
         self.tally = Tally()
         self.reports: list[StepReport] = []
+        self.refusals: dict[str, DSparkError] = {}
         self.failures: list[BaseException] = []
         self.finished: dict[str, threading.Event] = {}
         self.failed = threading.Event()
         self.runner = EngineRunner(
             engine,
             on_results=self._results,
+            on_refused=self.refusals.update,
             on_report=self.reports.append,
             on_failure=self._failure,
         )

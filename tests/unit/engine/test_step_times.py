@@ -104,13 +104,16 @@ def test_a_table_of_another_grid_is_refused(
     assert Grid((1, 4, 8), (1, 2), (8,)).covers(few), "a slow machine leaves the largest out"
 
 
-def test_a_table_that_is_kept_elsewhere_is_kept_here_from_then_on(
+def test_a_table_that_is_kept_somewhere_is_kept_everywhere_from_then_on(
     starts: Starts, tmp_path: Path
 ) -> None:
     near, far = StepTimeFiles(tmp_path / "near"), starts.files
     table = starts.start()
     step_times(TARGET, tiny_engine(TARGET).kv, GRID, [near, far])
     assert near.get(table.fingerprint) == table
+    further = StepTimeFiles(tmp_path / "further")
+    step_times(TARGET, tiny_engine(TARGET).kv, GRID, [near, further])
+    assert further.get(table.fingerprint) == table
     both = [StepTimeFiles(tmp_path / "a"), StepTimeFiles(tmp_path / "b")]
     step_times(TARGET, tiny_engine(TARGET).kv, GRID, both)
     assert [store.get(table.fingerprint) is not None for store in both] == [True, True]
