@@ -48,7 +48,7 @@ class Grid:
         longest = max(1, min(target.max_positions, cache_tokens) - widest)
         return cls(
             requests=(1, *(r for r in _REQUESTS if r < most), most),
-            rows=tuple(sorted({1, 2, widest})),
+            rows=tuple(sorted({1, 2, (widest + 1) // 2, widest})),
             contexts=tuple(sorted({min(context, longest) for context in _CONTEXTS})),
         )
 

@@ -214,9 +214,9 @@ class Speculation:
             reserved=reserved,
         )
         self._promised = {
-            sequence.request.id: (sequence, float(row[:n].sum()))
-            for sequence, row, n in zip(decoding, survivals, found.lengths, strict=True)
-            if n
+            sequence.request.id: (sequence, promised)
+            for sequence, promised in zip(decoding, found.promised, strict=True)
+            if promised
         }
         return found.lengths
 

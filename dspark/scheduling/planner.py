@@ -41,8 +41,13 @@ class Plan:
     """What to verify, and what should come of it."""
 
     lengths: list[int]  # ℓ_r
-    expected: float  # tokens that the step should commit, bonus tokens included
-    round_ms: float  # that it should take
+    promised: list[float]  # draft tokens of each request that should be accepted
+    round_ms: float  # that the round should take
+
+    @property
+    def expected(self) -> float:
+        """Tokens that the step should commit, bonus tokens included."""
+        return len(self.lengths) + sum(self.promised)
 
     @property
     def throughput(self) -> float:
@@ -87,8 +92,8 @@ def plan_lengths(
         times = times[admitted : admitted + 1]
     lengths = first + _best(keys, values, admitted)
     chosen = np.arange(width) < lengths[:, None]
-    expected = requests + float(survivals.sum(where=chosen, dtype=np.float64))
-    return Plan(lengths.tolist(), expected, float(times[0]))
+    promised = (survivals * chosen).sum(axis=1)
+    return Plan(lengths.tolist(), promised.tolist(), float(times[0]))
 
 
 def reserve(

@@ -147,6 +147,7 @@ class RoundTimes:
         self._steps: deque[_Step] = deque(maxlen=_NEAR)
         self._slow = 1.0  # steps of late over what is usual
         self._drafted, self._in_a_row = False, 0  # the last rounds
+        self._corrections: dict[int, _Correction] = {}  # by requests, as far as known
 
     def set_context(self, tokens: float) -> None:
         """Requests have so many committed tokens each, on the average."""
@@ -187,6 +188,7 @@ class RoundTimes:
         step = _Step(requests, tokens / requests, step_ms / self._now.ms(requests, tokens))
         if step.wide:
             load.wide_rows.add(step.rows)
+            self._corrections.clear()
         self._compare(step, load)
         self._steps.append(step)
         self._slow = median(self._usual_ratios(list(self._steps)[-_SPEED_MEMORY:]))
@@ -255,23 +257,27 @@ class RoundTimes:
         if others and 2 * len(others) >= len(here):
             base = median(others)
             load.widening.add(step.ratio / base if step.wide else base / step.ratio)
+            self._corrections.clear()
         elsewhere = [near for near in self._steps if near.load != step.load]
         if not load.level or (elsewhere and len(elsewhere) >= len(here)):
             (own,) = self._usual_ratios([step])
             base = median(self._usual_ratios(elsewhere) or (1.0,))
             load.level.add(own * self._correction(step.requests).level / base)
+            self._corrections.clear()
 
     def _usual_ratios(self, steps: list[_Step]) -> list[float]:
         """Measured over usual."""
-        corrections = {step.requests: self._correction(step.requests) for step in steps}
-        return [step.ratio / corrections[step.requests].at(step.rows) for step in steps]
+        return [step.ratio / self._correction(step.requests).at(step.rows) for step in steps]
 
     def _correction(self, requests: int) -> _Correction:
-        return _Correction(
-            self._nearest(requests, lambda load: load.level.usual, 1.0),
-            self._nearest(requests, lambda load: load.widening.usual, 1.0),
-            self._nearest(requests, lambda load: load.wide_rows.usual, 2.0),
-        )
+        known = self._corrections.get(requests)
+        if known is None:
+            known = self._corrections[requests] = _Correction(
+                self._nearest(requests, lambda load: load.level.usual, 1.0),
+                self._nearest(requests, lambda load: load.widening.usual, 1.0),
+                self._nearest(requests, lambda load: load.wide_rows.usual, 2.0),
+            )
+        return known
 
     def _nearest(
         self, requests: int, value: Callable[[_Load], float | None], default: float

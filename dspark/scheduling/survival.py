@@ -19,22 +19,26 @@ def survival(
     """Chance that each draft token and all before it are accepted."""
     calibrated = np.clip(np.asarray(confidences, dtype=np.float64), _EPS, 1.0 - _EPS)
     if len(temperatures):
-        scale = np.ones(calibrated.shape[-1])
-        scale[: len(temperatures)] = temperatures[: len(scale)]
-        calibrated = tempered(logits(calibrated), scale)
+        power = np.ones(calibrated.shape[-1])
+        power[: len(temperatures)] = temperatures[: len(power)]
+        np.divide(1.0, power, out=power)
+        # σ(logit / T), with fewer steps: the odds to the power of 1 / T
+        good = calibrated**power
+        calibrated = good / (good + (1.0 - calibrated) ** power)
     return np.cumprod(calibrated, axis=-1).astype(np.float32)
 
 
 def survival_table(
-    blocks: Sequence[FloatArray],  # R confidences, [γ_r] each; none of a request without a block
+    blocks: Sequence[FloatArray],  # R ≥ 1 confidences, [γ_r] each; none without a block
     temperatures: Sequence[float] = (),
 ) -> FloatArray:  # [R, max γ_r]
     """Survivals of many blocks at once, ABSENT past a block's end."""
-    sizes = np.fromiter(map(len, blocks), dtype=np.int64, count=len(blocks))
-    there = np.arange(sizes.max(initial=0)) < sizes[:, None]
+    sizes = [len(block) for block in blocks]
+    if sizes.count(sizes[0]) == len(sizes):  # as mostly: nothing is absent
+        return survival(np.array(blocks), temperatures)
+    there = np.arange(max(sizes)) < np.array(sizes)[:, None]
     confidences = np.ones(there.shape, dtype=np.float32)
-    if there.any():
-        confidences[there] = np.concatenate(blocks)
+    confidences[there] = np.concatenate(blocks)
     return np.where(there, survival(confidences, temperatures), ABSENT)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from helpers.tables import flat_table
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,6 +56,14 @@ def test_blocks_are_cut_behind_what_may_pay() -> None:
     assert DraftPolicy(times(0.5)).sizes([after(falling), after(GOOD)], GAMMA) == [3, GAMMA]
 
 
+def test_a_position_that_is_sometimes_good_is_drafted() -> None:
+    """What is unlikely is not verified: a block is worth its better cases, not its mean."""
+    mixed = Prospect()
+    for good in (True, False, False, False):
+        mixed.see(GOOD if good else BAD)
+    assert DraftPolicy(times(0.1)).sizes([mixed, after(GOOD)], GAMMA) == [GAMMA, GAMMA]
+
+
 def test_what_costs_nothing_is_drafted_for_all() -> None:
     policy = DraftPolicy(times(0.0, row_ms=1e-6))
     assert policy.sizes([after(GOOD), after(BAD)], GAMMA) == [GAMMA, 4]
@@ -98,11 +105,12 @@ def test_one_whose_confidences_promise_too_much_is_left_out() -> None:
 def test_few_blocks_go_where_they_bring_most() -> None:
     middling = np.array([0.8, 0.6, 0.5, 0.4, 0.3], dtype=np.float32)
     prospects = [after(middling), after(GOOD), after(middling), after(GOOD)]
-    policy = DraftPolicy(times(0.1))
-    assert all(policy.sizes(prospects, GAMMA))
-    assert [s > 0 for s in policy.sizes(prospects, GAMMA, most_blocks=2)] == [0, 1, 0, 1]
+    known = times(0.1)
+    assert all(DraftPolicy(known).sizes(prospects, GAMMA))
+    few = DraftPolicy(known).sizes(prospects, GAMMA, most_blocks=2)
+    assert [s > 0 for s in few] == [0, 1, 0, 1]
     heavy = np.array([10.0, 1.0, 1.0, 1.0])
-    few = policy.sizes(prospects, GAMMA, weights=heavy, most_blocks=1)
+    few = DraftPolicy(known).sizes(prospects, GAMMA, weights=heavy, most_blocks=1)
     assert [s > 0 for s in few] == [1, 0, 0, 0]
 
 
@@ -131,13 +139,3 @@ def test_never_longer_than_asked_nor_more_than_there_are(
     sizes = DraftPolicy(times(block_ms)).sizes(prospects, size, most_blocks=most)
     assert all(0 <= n <= size for n in sizes)
     assert not most or sum(n > 0 for n in sizes) <= most
-    for prospect in prospects:
-        assert (np.diff(prospect.usual) <= 0).all()
-        assert ((prospect.usual >= 0) & (prospect.usual <= 1)).all()
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_short_blocks_leave_what_they_do_not_say(size: int) -> None:
-    prospect = after(GOOD)
-    prospect.see(np.full(size, 0.9, dtype=np.float32))
-    assert prospect.usual[size:] == pytest.approx(GOOD[size:])
