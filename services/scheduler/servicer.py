@@ -171,7 +171,9 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             plan = plan_for(self._config.engine, self._epoch)
             await context.write(plan_to_pb(plan, self._calibrations.table(verifier.incarnation)))
             with suppress(TimeoutError):
-                await asyncio.wait_for(verifier.changed.wait(), RENEW_AFTER_S)
+                # wait_for of Python 3.11 loses a cancellation that comes with the event.
+                async with asyncio.timeout(RENEW_AFTER_S):
+                    await verifier.changed.wait()
 
     def _status(self, member: Member) -> pb.ReplicaStatus:
         return pb.ReplicaStatus(

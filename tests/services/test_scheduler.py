@@ -118,6 +118,17 @@ async def test_a_report_without_a_name_ends_its_own_stream_only() -> None:
         good.cancel()
 
 
+async def test_a_verifier_that_says_its_name_and_leaves_is_let_go() -> None:
+    """What wakes the pushing of plans may come together with its end."""
+    async with scheduler() as (stub, _):
+        call = stub.Coordinate()
+        await call.write(pb.StepReport(incarnation="v"))
+        await call.done_writing()
+        while await call.read() is not grpc.aio.EOF:
+            pass
+        assert await call.code() is grpc.StatusCode.OK
+
+
 async def test_a_restarted_scheduler_knows_the_cluster() -> None:
     store = MemoryStore()
     async with scheduler(store) as (stub, _):
