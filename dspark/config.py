@@ -111,7 +111,13 @@ class SchedulerConfig:
     heartbeat_s: float = 1.0
     lease_s: float = 5.0  # a replica silent for this long is gone
     store_url: str = ""  # redis://… ; empty: in this process
+    # A verifier whose measured throughput is this far from the predicted, as |log ratio|, is warned
+    # of; 0: never.
+    throughput_alarm: float = 0.25
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+
+    def __post_init__(self) -> None:
+        _between(self, 0.0, math.inf, "throughput_alarm")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from dspark.kernels.attention_plan import PAGE_SIZE
 from dspark.scheduling.autoscaling.signals import DraftCounts
 from dspark.scheduling.calibration import CalibrationInUse
 from dspark.scheduling.draft_gate import DraftGate
+from dspark.scheduling.explanation import Basis, Planned
 from dspark.scheduling.planner import Search, plan_lengths
 from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
@@ -78,6 +79,7 @@ class Speculation:
         self._promised = 0.0  # draft tokens of this step that should be accepted
         self._rows = 1.0  # target rows of a request in the last step that decoded
         self._demand = DraftDemand()
+        self.planned = Planned(self._plan, Basis.PROMPTS, 0)  # the last step, for those who ask why
 
     @property
     def drafts(self) -> bool:
@@ -169,9 +171,15 @@ class Speculation:
         blocks = [s.proposal for s in decoding]
         sizes = [0 if block is None else len(block.token_ids) for block in blocks]
         if plan.policy is VerificationPolicy.OFF or not any(sizes):
+            self.planned = Planned(plan, self._why_none(plan.policy, decoding), len(decoding))
             return [0] * len(decoding)
+        confidences = [_NO_BLOCK if block is None else block.confidences for block in blocks]
+        # Looked up blocks come with measured chances, and the gate has seen them already.
+        temperatures = () if self._looks_up else self.calibration.temperatures
+        of = len(decoding), confidences, temperatures, self._looks_up
         times, gate = self._times, self._gate
         if plan.policy is VerificationPolicy.FIXED or times is None or gate is None:
+            self.planned = Planned(plan, Basis.WHOLE, *of)
             return sizes
         size = self._asked or self.block_size
         search, ceiling = _search(decoding), plan.max_draft_tokens or None
@@ -180,11 +188,7 @@ class Speculation:
             capacity = gate.capacity(len(decoding), size, prefill)
             if capacity is not None and (capacity >= sum(sizes) or self._asynchronous):
                 search, ceiling = "ranked", min(capacity, ceiling or capacity)
-        survivals = survival_table(
-            [_NO_BLOCK if block is None else block.confidences for block in blocks],
-            # Looked up blocks come with measured chances, and the gate has seen them already.
-            () if self._looks_up else self.calibration.temperatures,
-        )
+        survivals = survival_table(confidences, temperatures)
         if not self._looks_up:
             gate.record([row[:n] for row, n in zip(survivals, sizes, strict=True) if n])
         # Waiting is over when a step is planned; but a round that waited is worth more tokens.
@@ -197,7 +201,21 @@ class Speculation:
             search=search,
         )
         self._promised = found.expected - len(decoding)
+        self.planned = Planned(plan, Basis(search), *of, ceiling, found)
         return found.lengths
+
+    def _why_none(self, policy: VerificationPolicy, decoding: Seq[Sequence]) -> Basis:
+        """What is the reason that there is nothing to verify."""
+        if not decoding:
+            return Basis.PROMPTS
+        if policy is VerificationPolicy.OFF:
+            return Basis.OFF
+        if not any(s.request.sampling.speculate for s in decoding):
+            return Basis.UNWANTED
+        if self._asked:
+            return Basis.NO_BLOCKS
+        asks = self._exchange is not None and self._exchange.available
+        return Basis.NOT_ASKED if asks or self._lookup is not None else Basis.NO_DRAFTER
 
     def _patience(self, running: dict[str, Sequence], under_way: list[Sequence]) -> float:
         """Seconds to wait for blocks before stepping without those who wait for them.

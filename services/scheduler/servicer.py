@@ -20,6 +20,7 @@ from dspark.services.scheduler.calibrations import Calibrations, Follower
 from dspark.services.scheduler.load_report import load_to_pb
 from dspark.services.scheduler.plans import RENEW_AFTER_S, plan_for
 from dspark.services.scheduler.step_times import StepTimes
+from dspark.services.scheduler.throughputs import Throughputs
 from dspark.store import Store
 from dspark.wire.bounds import MAX_ID_CHARS
 from dspark.wire.plans import plan_to_pb
@@ -54,6 +55,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         self._reports: dict[str, pb.StepReport] = {}
         self._calibrations = Calibrations(cluster, store)
         self._step_times = StepTimes(store)
+        self.throughputs = Throughputs(config.scheduler.throughput_alarm)
         self._epoch = 0
         self._store_down = False
 
@@ -126,13 +128,13 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
     ) -> pb.DescribeClusterResponse:
         """What is known."""
         members = self._cluster.members()
-        alive = {m.replica.incarnation for m in members}
-        self._reports = {name: r for name, r in self._reports.items() if name in alive}
+        self._forget_the_gone(members)
         return pb.DescribeClusterResponse(
             replicas=[self._status(m) for m in members],
             reports=self._reports.values(),
             calibrations=self._calibrations.statuses(),
             kubernetes=None if self._kubernetes is None else load_to_pb(self._kubernetes),
+            throughputs=self.throughputs.statuses(),
         )
 
     async def GetStepTimes(  # noqa: N802
@@ -159,10 +161,18 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
 
     def _take(self, report: pb.StepReport) -> None:
         last = self._reports.get(report.incarnation)
+        if last is None:
+            self._forget_the_gone(self._cluster.members())  # that it may have come after
         if last is None or report.step > last.step:  # the latest may come twice
             self._calibrations.take(report)
+            self.throughputs.take(report)
         report.ClearField("outcomes")  # they are in the window now
         self._reports[report.incarnation] = report
+
+    def _forget_the_gone(self, members: list[Member]) -> None:
+        alive = {m.replica.incarnation for m in members}
+        self._reports = {name: r for name, r in self._reports.items() if name in alive}
+        self.throughputs.keep(alive)
 
     async def _push_plans(self, context: grpc.aio.ServicerContext, verifier: Follower) -> None:
         while True:

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from dspark.engine.sequence import Sequence
 from dspark.engine.speculation import Round, Speculation
+from dspark.scheduling.explanation import Basis
 from dspark.scheduling.step_table import StepTimeTable
+from dspark.scheduling.survival import survival
 from dspark.types import BlockProposal, Fence, Request, SamplingParams
 
 TARGET = tiny_target()
@@ -105,3 +107,23 @@ def test_padded_shapes_are_planned_for_asynchronously() -> None:
     padded = StepTimeTable((1, 8), (1, 2), (1,), (((1.0, 2.0), (1.0, 2.0)),), padded=(1, 2, 4, 8))
     assert experienced(padded, 2, [0.5] * GAMMA, "auto")._asynchronous
     assert not experienced(DENTED, 2, [0.5] * GAMMA, "auto")._asynchronous
+
+
+@pytest.mark.parametrize(
+    ("planner", "temperature", "basis"),
+    [("asynchronous", 1.0, Basis.RANKED), ("synchronous", 1.0, Basis.CAUSAL),
+     ("asynchronous", 0.0, Basis.GLOBAL)],
+)  # fmt: skip
+def test_what_was_planned_is_told(planner: str, temperature: float, basis: Basis) -> None:
+    speculation = experienced(DENTED, 2, [0.9, 0.6, 0.3, 0.1], planner)
+    decoding = sequences([[0.9, 0.5, 0.4, 0.2], [0.8, 0.7, 0.1, 0.1]], temperature)
+    lengths = speculation.verification(decoding, 0, 2)
+    planned = speculation.planned
+    assert (planned.basis, planned.requests) == (basis, 2)
+    assert planned.ceiling == (sum(lengths) if basis is Basis.RANKED else None)
+    assert planned.found is not None
+    assert planned.found.lengths == lengths
+    blocks = [s.proposal.confidences for s in decoding if s.proposal is not None]
+    assert planned.confidences == blocks
+    admitted = [survival(b)[:n].sum() for b, n in zip(blocks, lengths, strict=True)]
+    assert planned.found.expected == pytest.approx(2 + sum(admitted))
