@@ -159,6 +159,9 @@ class SchedulerConfig:
     heartbeat_s: float = 1.0
     lease_s: float = 5.0  # a replica silent for this long is gone
     store_url: str = ""  # redis://… ; empty: in this process
+    # A verifier whose measured throughput is this far from the predicted, as |log ratio|, is warned
+    # of; 0: never.
+    throughput_alarm: float = 0.25
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
     leader_election: str = "store"  # store | kubernetes
     leader_lease_s: float = 3.0  # a leader silent for this long is replaced by a standby
@@ -166,6 +169,7 @@ class SchedulerConfig:
     kubernetes_namespace: str = ""  # empty: the pod's own
 
     def __post_init__(self) -> None:
+        _between(self, 0.0, math.inf, "throughput_alarm")
         for name in ("heartbeat_s", "lease_s", "leader_lease_s"):
             if not 0 < getattr(self, name) < math.inf:  # also refuses NaN
                 raise ConfigError(f"{name} must be above 0 seconds; got {getattr(self, name)}")

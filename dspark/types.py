@@ -231,3 +231,7 @@ class StepReport:
     calibrations_refused: int = 0  # tables of another drafter that came, since the start
     outcomes: BlockOutcomes | None = None  # every so many steps
     classes: tuple[ClassLoad, ...] = ()  # where there are service classes
+    predicted_tokens: float = 0.0  # that decoding requests should commit; 0: nothing was searched
+    predicted_ms: float = 0.0  # that the round should take
+    decoded_tokens: int = 0  # that decoding requests committed
+    round_ms: float = 0.0  # since the end of the last forward; 0: the engine rested in between

@@ -30,6 +30,7 @@ class LocalCluster:
         self._log = log
         self._started = False
         self._applications: list[str] = []
+        self.scheduler_address = ""  # host:port of dspark.v1.Scheduler, as it was at the start
 
     @property
     def http_url(self) -> str:
@@ -102,6 +103,7 @@ class LocalCluster:
         self._log("starting the scheduler …")
         self._applications.append(SCHEDULER_APP)
         handle = serve.run(scheduler.deployment(config), name=SCHEDULER_APP, route_prefix=None)
+        self.scheduler_address = handle.grpc_address.remote().result(timeout_s=_START_TIMEOUT_S)
         parts: list[tuple[str, Any, str | None]] = []
         if drafted and config.most_drafts:
             parts.append(("draft", draft.deployment(config, handle), None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from dspark import __version__
-from dspark.cli import bench, chat, doctor, evaluate, generate, models, serve, train
+from dspark.cli import bench, chat, doctor, evaluate, generate, models, plan, serve, train
 
 app = typer.Typer(
     name="dspark",
@@ -16,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(models.app, name="models")
+app.add_typer(plan.app, name="plan")
 app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)

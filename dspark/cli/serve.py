@@ -61,6 +61,10 @@ def serve(
             out.print(
                 f"[bold]gRPC[/]   {cluster.grpc_address} (dspark.v1.Inference)", highlight=False
             )
+            out.print(
+                f"[bold]steps[/]  dspark plan explain --scheduler {cluster.scheduler_address}",
+                highlight=False,
+            )
             out.print("Ctrl-C drains and stops.")
             stop.wait()
             err.print("draining …")

@@ -13,6 +13,7 @@ from dspark.engine.verifier import VerifierEngine
 from dspark.errors import DSparkError, UnavailableError
 from dspark.scheduling.autoscaling.signals import Share, VerifierSignals
 from dspark.scheduling.calibration import CalibrationTable
+from dspark.scheduling.explanation import StepExplanation
 from dspark.types import Request, StepPlan, StepReport, VerificationResult
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,10 @@ class EngineRunner:
     def retry_after_s(self) -> float:
         """When somebody who was turned away had better come back; read without waiting."""
         return self._engine.retry_after_s
+
+    def explain(self, count: int) -> list[StepExplanation]:
+        """The engine's last steps; read without waiting, also after it failed."""
+        return self._engine.explain(count)
 
     def signals(self) -> VerifierSignals:
         """For autoscaling. Shares are of what happened since the last call: there is one caller."""

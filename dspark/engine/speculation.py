@@ -27,6 +27,7 @@ from dspark.scheduling.autoscaling.signals import DraftCounts
 from dspark.scheduling.calibration import CalibrationInUse
 from dspark.scheduling.draft_gate import DraftGate
 from dspark.scheduling.draft_policy import DraftPolicy
+from dspark.scheduling.explanation import Basis, Planned
 from dspark.scheduling.planner import Search, plan_lengths, reserve
 from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
@@ -84,6 +85,7 @@ class Speculation:
         self._promised: dict[str, tuple[Sequence, float]] = {}
         self._rows = 1.0  # target rows of a request in the last step that decoded
         self._demand = DraftDemand()
+        self.planned = Planned(self._plan, Basis.PROMPTS, 0)  # the last step, for those who ask why
 
     @property
     def drafts(self) -> bool:
@@ -179,9 +181,15 @@ class Speculation:
         blocks = [s.proposal for s in decoding]
         sizes = [0 if block is None else len(block.token_ids) for block in blocks]
         if plan.policy is VerificationPolicy.OFF or not any(sizes):
+            self.planned = Planned(plan, self._why_none(plan.policy, decoding), len(decoding))
             return [0] * len(decoding)
+        confidences = [_NO_BLOCK if block is None else block.confidences for block in blocks]
+        # Looked up blocks come with measured chances, and the gate has seen them already.
+        temperatures = () if self._looks_up else self.calibration.temperatures
+        of = len(decoding), confidences, temperatures, self._looks_up
         times, gate = self._times, self._gate
         if plan.policy is VerificationPolicy.FIXED or times is None or gate is None:
+            self.planned = Planned(plan, Basis.WHOLE, *of)
             return sizes
         size = self._asked or self.block_size
         search, ceiling = _search(decoding), plan.max_draft_tokens or None
@@ -190,11 +198,7 @@ class Speculation:
             capacity = gate.capacity(len(decoding), size, prefill)
             if capacity is not None and (capacity >= sum(sizes) or self._asynchronous):
                 search, ceiling = "ranked", min(capacity, ceiling or capacity)
-        survivals = survival_table(
-            [_NO_BLOCK if block is None else block.confidences for block in blocks],
-            # Looked up blocks come with measured chances, and the gate has seen them already.
-            () if self._looks_up else self.calibration.temperatures,
-        )
+        survivals = survival_table(confidences, temperatures)
         if not self._looks_up:
             self._see(decoding, survivals, sizes)
         weights, wanted = self.classes.weights(decoding), self.classes.wanted(decoding)
@@ -218,6 +222,7 @@ class Speculation:
             for sequence, promised in zip(decoding, found.promised, strict=True)
             if promised
         }
+        self.planned = Planned(plan, Basis(search), *of, ceiling, found)
         return found.lengths
 
     def _see(self, decoding: Seq[Sequence], survivals: FloatArray, sizes: list[int]) -> None:
@@ -232,6 +237,19 @@ class Speculation:
                 seen.append(np.zeros(self._asked, dtype=np.float32))
         if self._gate is not None:
             self._gate.record(seen)
+
+    def _why_none(self, policy: VerificationPolicy, decoding: Seq[Sequence]) -> Basis:
+        """What is the reason that there is nothing to verify."""
+        if not decoding:
+            return Basis.PROMPTS
+        if policy is VerificationPolicy.OFF:
+            return Basis.OFF
+        if not any(s.request.sampling.speculate for s in decoding):
+            return Basis.UNWANTED
+        if self._asked:
+            return Basis.NO_BLOCKS
+        asks = self._exchange is not None and self._exchange.available
+        return Basis.NOT_ASKED if asks or self._lookup is not None else Basis.NO_DRAFTER
 
     def _patience(self, running: dict[str, Sequence], under_way: list[Sequence]) -> float:
         """Seconds to wait for blocks before stepping without those who wait for them.

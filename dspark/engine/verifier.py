@@ -31,6 +31,7 @@ from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
 from dspark.scheduling.autoscaling.signals import DraftCounts
 from dspark.scheduling.calibration import CalibrationInUse
+from dspark.scheduling.explanation import StepExplanation, StepRecord, StepRecords
 from dspark.scheduling.outcomes import OutcomeSample
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import Request, StepPlan, StepReport, VerificationResult
@@ -94,6 +95,7 @@ class VerifierEngine:
             calibration=calibration or CalibrationInUse(block_size, ""),
         )
         self._sample = OutcomeSample(block_size)
+        self._records = StepRecords()
         self._steps = 0
         self._forward_ended: float | None = None
         self.drafting_s = 0.0  # features projected and blocks asked for; drafted, too, if here
@@ -202,6 +204,10 @@ class VerifierEngine:
         """What was done about a drafter, since the start. For any thread."""
         return self._speculation.counts
 
+    def explain(self, count: int) -> list[StepExplanation]:
+        """The last steps, up to `count` of KEPT_STEPS, the latest last. For any thread."""
+        return self._records.last(count)
+
     def set_plan(self, plan: StepPlan) -> None:
         """Follow `plan` until its validity ends, then the configuration again."""
         self._speculation.follow(plan)
@@ -231,7 +237,7 @@ class VerifierEngine:
         for turn in turns:
             if not turn.emits:
                 turn.sequence.computed += turn.rows
-        self._record(turns, results, step_ms, waited_ms, round_ms)
+        self._record(turns, results, step_ms, waited_ms, round_ms, ended)
         stepped = [turn.sequence for turn in turns]
         asked_at = time.perf_counter()
         self._speculation.ask(stepped, len(self.roster.running))
@@ -332,6 +338,7 @@ class VerifierEngine:
         step_ms: float,
         waited_ms: float,
         round_ms: float | None,
+        ended: float,
     ) -> None:
         self._steps += 1
         under_way = any(s.wanted_block is not None for s in self.roster.running.values())
@@ -343,7 +350,8 @@ class VerifierEngine:
         self._speculation.learn(this, results, under_way=under_way)
         if not self._speculation.looks_up:
             self._sample.add(results)
-        width = self.block_size
+        width, planned = self.block_size, self._speculation.planned
+        decoded = results[len(results) - planned.requests :]  # behind those of prompts
         _, waiting, free, total = self.load
         self.last_report = StepReport(
             step=self._steps,
@@ -363,7 +371,12 @@ class VerifierEngine:
             calibrations_refused=self.calibration.refused,
             outcomes=self._sample.take(self.calibration.temperatures),
             classes=self._speculation.classes.loads(self.roster.running.values()),
+            predicted_tokens=0.0 if planned.found is None else planned.found.expected,
+            predicted_ms=0.0 if planned.found is None else planned.found.round_ms,
+            decoded_tokens=sum(len(result.token_ids) for result in decoded),
+            round_ms=round_ms or 0.0,
         )
+        self._records.add(StepRecord.of(planned, self.last_report, ended, decoded))
 
 
 def _by_position(lengths: list[int], width: int) -> tuple[int, ...]:

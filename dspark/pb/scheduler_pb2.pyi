@@ -134,7 +134,7 @@ class PlaceResponse(_message.Message):
     def __init__(self, verifier: _Optional[_Union[Replica, _Mapping]] = ...) -> None: ...
 
 class StepReport(_message.Message):
-    __slots__ = ("incarnation", "step", "step_ms", "draft_wait_ms", "decode_requests", "waiting_requests", "tokens", "prefill_tokens", "drafted", "verified_by_position", "accepted_by_position", "committed", "free_pages", "total_pages", "calibration_epoch", "calibrations_refused", "outcomes", "classes", "plans_refused")
+    __slots__ = ("incarnation", "step", "step_ms", "draft_wait_ms", "decode_requests", "waiting_requests", "tokens", "prefill_tokens", "drafted", "verified_by_position", "accepted_by_position", "committed", "free_pages", "total_pages", "calibration_epoch", "calibrations_refused", "outcomes", "classes", "plans_refused", "predicted_tokens", "predicted_ms", "decoded_tokens", "round_ms")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEP_MS_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,10 @@ class StepReport(_message.Message):
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
     PLANS_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_MS_FIELD_NUMBER: _ClassVar[int]
+    DECODED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_MS_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     step: int
     step_ms: float
@@ -173,7 +177,11 @@ class StepReport(_message.Message):
     outcomes: BlockOutcomes
     classes: _containers.RepeatedCompositeFieldContainer[ClassLoad]
     plans_refused: int
-    def __init__(self, incarnation: _Optional[str] = ..., step: _Optional[int] = ..., step_ms: _Optional[float] = ..., draft_wait_ms: _Optional[float] = ..., decode_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., drafted: _Optional[int] = ..., verified_by_position: _Optional[_Iterable[int]] = ..., accepted_by_position: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., calibration_epoch: _Optional[int] = ..., calibrations_refused: _Optional[int] = ..., outcomes: _Optional[_Union[BlockOutcomes, _Mapping]] = ..., classes: _Optional[_Iterable[_Union[ClassLoad, _Mapping]]] = ..., plans_refused: _Optional[int] = ...) -> None: ...
+    predicted_tokens: float
+    predicted_ms: float
+    decoded_tokens: int
+    round_ms: float
+    def __init__(self, incarnation: _Optional[str] = ..., step: _Optional[int] = ..., step_ms: _Optional[float] = ..., draft_wait_ms: _Optional[float] = ..., decode_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., drafted: _Optional[int] = ..., verified_by_position: _Optional[_Iterable[int]] = ..., accepted_by_position: _Optional[_Iterable[int]] = ..., committed: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., calibration_epoch: _Optional[int] = ..., calibrations_refused: _Optional[int] = ..., outcomes: _Optional[_Union[BlockOutcomes, _Mapping]] = ..., classes: _Optional[_Iterable[_Union[ClassLoad, _Mapping]]] = ..., plans_refused: _Optional[int] = ..., predicted_tokens: _Optional[float] = ..., predicted_ms: _Optional[float] = ..., decoded_tokens: _Optional[int] = ..., round_ms: _Optional[float] = ...) -> None: ...
 
 class ClassLoad(_message.Message):
     __slots__ = ("name", "requests", "floors", "floors_missed", "late_first_tokens")
@@ -272,16 +280,36 @@ class CalibrationStatus(_message.Message):
     def __init__(self, model: _Optional[str] = ..., drafter_fingerprint: _Optional[str] = ..., table: _Optional[_Union[CalibrationTable, _Mapping]] = ..., window_blocks: _Optional[int] = ..., raw_error: _Optional[float] = ..., error: _Optional[float] = ..., misfits: _Optional[int] = ...) -> None: ...
 
 class DescribeClusterResponse(_message.Message):
-    __slots__ = ("replicas", "reports", "calibrations", "kubernetes")
+    __slots__ = ("replicas", "reports", "calibrations", "kubernetes", "throughputs")
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     REPORTS_FIELD_NUMBER: _ClassVar[int]
     CALIBRATIONS_FIELD_NUMBER: _ClassVar[int]
     KUBERNETES_FIELD_NUMBER: _ClassVar[int]
+    THROUGHPUTS_FIELD_NUMBER: _ClassVar[int]
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
     reports: _containers.RepeatedCompositeFieldContainer[StepReport]
     calibrations: _containers.RepeatedCompositeFieldContainer[CalibrationStatus]
     kubernetes: ClusterLoad
-    def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., reports: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., calibrations: _Optional[_Iterable[_Union[CalibrationStatus, _Mapping]]] = ..., kubernetes: _Optional[_Union[ClusterLoad, _Mapping]] = ...) -> None: ...
+    throughputs: _containers.RepeatedCompositeFieldContainer[ThroughputStatus]
+    def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., reports: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., calibrations: _Optional[_Iterable[_Union[CalibrationStatus, _Mapping]]] = ..., kubernetes: _Optional[_Union[ClusterLoad, _Mapping]] = ..., throughputs: _Optional[_Iterable[_Union[ThroughputStatus, _Mapping]]] = ...) -> None: ...
+
+class ThroughputStatus(_message.Message):
+    __slots__ = ("incarnation", "steps", "predicted_tokens_per_s", "measured_tokens_per_s", "token_ratio", "time_ratio", "alarm")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_RATIO_FIELD_NUMBER: _ClassVar[int]
+    TIME_RATIO_FIELD_NUMBER: _ClassVar[int]
+    ALARM_FIELD_NUMBER: _ClassVar[int]
+    incarnation: str
+    steps: int
+    predicted_tokens_per_s: float
+    measured_tokens_per_s: float
+    token_ratio: float
+    time_ratio: float
+    alarm: bool
+    def __init__(self, incarnation: _Optional[str] = ..., steps: _Optional[int] = ..., predicted_tokens_per_s: _Optional[float] = ..., measured_tokens_per_s: _Optional[float] = ..., token_ratio: _Optional[float] = ..., time_ratio: _Optional[float] = ..., alarm: bool = ...) -> None: ...
 
 class AcceleratorLoad(_message.Message):
     __slots__ = ("resource", "allocatable", "requested", "free", "waiting")

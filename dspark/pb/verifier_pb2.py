@@ -23,19 +23,30 @@ _sym_db = _symbol_database.Default()
 
 
 from dspark.pb import common_pb2 as dspark_dot_pb_dot_common__pb2
+from dspark.pb import scheduler_pb2 as dspark_dot_pb_dot_scheduler__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64spark/pb/verifier.proto\x12\tdspark.v1\x1a\x16\x64spark/pb/common.proto\"\xa1\x01\n\x15GenerateTokensRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.dspark.v1.Sampling\x12\x15\n\rservice_class\x18\x06 \x01(\t\"\x90\x01\n\x16GenerateTokensResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0f\n\x07\x64rafted\x18\x02 \x01(\r\x12\x10\n\x08verified\x18\x03 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x04 \x01(\r\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.dspark.v1.FinishReason2c\n\x08Verifier\x12W\n\x0eGenerateTokens\x12 .dspark.v1.GenerateTokensRequest\x1a!.dspark.v1.GenerateTokensResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64spark/pb/verifier.proto\x12\tdspark.v1\x1a\x16\x64spark/pb/common.proto\x1a\x19\x64spark/pb/scheduler.proto\"\xa1\x01\n\x15GenerateTokensRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.dspark.v1.Sampling\x12\x15\n\rservice_class\x18\x06 \x01(\t\"\x90\x01\n\x16GenerateTokensResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0f\n\x07\x64rafted\x18\x02 \x01(\r\x12\x10\n\x08verified\x18\x03 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x04 \x01(\r\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.dspark.v1.FinishReason\"$\n\x13\x45xplainStepsRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\r\"A\n\x14\x45xplainStepsResponse\x12)\n\x05steps\x18\x01 \x03(\x0b\x32\x1a.dspark.v1.StepExplanation\"r\n\x12RequestExplanation\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tsurvivals\x18\x02 \x03(\x02\x12\x10\n\x08verified\x18\x03 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x04 \x01(\r\x12\x11\n\tcommitted\x18\x05 \x01(\r\"\xe5\x03\n\x0fStepExplanation\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06\x61ge_ms\x18\x02 \x01(\x04\x12\x12\n\nplan_epoch\x18\x03 \x01(\x04\x12-\n\x06policy\x18\x04 \x01(\x0e\x32\x1d.dspark.v1.VerificationPolicy\x12#\n\x05\x62\x61sis\x18\x05 \x01(\x0e\x32\x14.dspark.v1.StepBasis\x12\x11\n\tlooked_up\x18\x06 \x01(\x08\x12\x14\n\x07\x63\x65iling\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\x10\n\x08\x64\x65\x63oding\x18\t \x01(\r\x12/\n\x08requests\x18\n \x03(\x0b\x32\x1d.dspark.v1.RequestExplanation\x12\x1d\n\x10predicted_tokens\x18\x0b \x01(\x02H\x01\x88\x01\x01\x12\x19\n\x0cpredicted_ms\x18\x0c \x01(\x02H\x02\x88\x01\x01\x12\x11\n\tcommitted\x18\r \x01(\r\x12\x15\n\x08round_ms\x18\x0e \x01(\x02H\x03\x88\x01\x01\x12\x0f\n\x07step_ms\x18\x0f \x01(\x02\x12\x15\n\rdraft_wait_ms\x18\x10 \x01(\x02\x42\n\n\x08_ceilingB\x13\n\x11_predicted_tokensB\x0f\n\r_predicted_msB\x0b\n\t_round_ms*\x96\x02\n\tStepBasis\x12\x1a\n\x16STEP_BASIS_UNSPECIFIED\x10\x00\x12\x15\n\x11STEP_BASIS_CAUSAL\x10\x01\x12\x15\n\x11STEP_BASIS_RANKED\x10\x02\x12\x15\n\x11STEP_BASIS_GLOBAL\x10\x03\x12\x14\n\x10STEP_BASIS_WHOLE\x10\x04\x12\x18\n\x14STEP_BASIS_NO_BLOCKS\x10\x05\x12\x18\n\x14STEP_BASIS_NOT_ASKED\x10\x06\x12\x19\n\x15STEP_BASIS_NO_DRAFTER\x10\x07\x12\x17\n\x13STEP_BASIS_UNWANTED\x10\x08\x12\x12\n\x0eSTEP_BASIS_OFF\x10\t\x12\x16\n\x12STEP_BASIS_PROMPTS\x10\n2\xb4\x01\n\x08Verifier\x12W\n\x0eGenerateTokens\x12 .dspark.v1.GenerateTokensRequest\x1a!.dspark.v1.GenerateTokensResponse0\x01\x12O\n\x0c\x45xplainSteps\x12\x1e.dspark.v1.ExplainStepsRequest\x1a\x1f.dspark.v1.ExplainStepsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dspark.pb.verifier_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GENERATETOKENSREQUEST']._serialized_start=64
-  _globals['_GENERATETOKENSREQUEST']._serialized_end=225
-  _globals['_GENERATETOKENSRESPONSE']._serialized_start=228
-  _globals['_GENERATETOKENSRESPONSE']._serialized_end=372
-  _globals['_VERIFIER']._serialized_start=374
-  _globals['_VERIFIER']._serialized_end=473
+  _globals['_STEPBASIS']._serialized_start=1111
+  _globals['_STEPBASIS']._serialized_end=1389
+  _globals['_GENERATETOKENSREQUEST']._serialized_start=91
+  _globals['_GENERATETOKENSREQUEST']._serialized_end=252
+  _globals['_GENERATETOKENSRESPONSE']._serialized_start=255
+  _globals['_GENERATETOKENSRESPONSE']._serialized_end=399
+  _globals['_EXPLAINSTEPSREQUEST']._serialized_start=401
+  _globals['_EXPLAINSTEPSREQUEST']._serialized_end=437
+  _globals['_EXPLAINSTEPSRESPONSE']._serialized_start=439
+  _globals['_EXPLAINSTEPSRESPONSE']._serialized_end=504
+  _globals['_REQUESTEXPLANATION']._serialized_start=506
+  _globals['_REQUESTEXPLANATION']._serialized_end=620
+  _globals['_STEPEXPLANATION']._serialized_start=623
+  _globals['_STEPEXPLANATION']._serialized_end=1108
+  _globals['_VERIFIER']._serialized_start=1392
+  _globals['_VERIFIER']._serialized_end=1572
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,11 @@ class VerifierStub(object):
                 request_serializer=dspark_dot_pb_dot_verifier__pb2.GenerateTokensRequest.SerializeToString,
                 response_deserializer=dspark_dot_pb_dot_verifier__pb2.GenerateTokensResponse.FromString,
                 _registered_method=True)
+        self.ExplainSteps = channel.unary_unary(
+                '/dspark.v1.Verifier/ExplainSteps',
+                request_serializer=dspark_dot_pb_dot_verifier__pb2.ExplainStepsRequest.SerializeToString,
+                response_deserializer=dspark_dot_pb_dot_verifier__pb2.ExplainStepsResponse.FromString,
+                _registered_method=True)
 
 
 class VerifierServicer(object):
@@ -55,6 +60,13 @@ class VerifierServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainSteps(self, request, context):
+        """Why the last steps verified what they did, and what came of it. No step waits for the answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VerifierServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +74,11 @@ def add_VerifierServicer_to_server(servicer, server):
                     servicer.GenerateTokens,
                     request_deserializer=dspark_dot_pb_dot_verifier__pb2.GenerateTokensRequest.FromString,
                     response_serializer=dspark_dot_pb_dot_verifier__pb2.GenerateTokensResponse.SerializeToString,
+            ),
+            'ExplainSteps': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainSteps,
+                    request_deserializer=dspark_dot_pb_dot_verifier__pb2.ExplainStepsRequest.FromString,
+                    response_serializer=dspark_dot_pb_dot_verifier__pb2.ExplainStepsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +109,33 @@ class Verifier(object):
             '/dspark.v1.Verifier/GenerateTokens',
             dspark_dot_pb_dot_verifier__pb2.GenerateTokensRequest.SerializeToString,
             dspark_dot_pb_dot_verifier__pb2.GenerateTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspark.v1.Verifier/ExplainSteps',
+            dspark_dot_pb_dot_verifier__pb2.ExplainStepsRequest.SerializeToString,
+            dspark_dot_pb_dot_verifier__pb2.ExplainStepsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,6 +25,19 @@ _POLICIES: dict[int, VerificationPolicy] = {
 }
 
 
+def policy_to_pb(policy: VerificationPolicy) -> scheduler_pb2.VerificationPolicy:
+    """A policy as an enum value."""
+    return _POLICY_NUMBERS[policy]
+
+
+def policy_from_pb(number: int) -> VerificationPolicy:
+    """A policy; ProtocolError if it is none."""
+    policy = _POLICIES.get(number)
+    if policy is None:
+        raise ProtocolError(f"a plan needs a policy; got {number}")
+    return policy
+
+
 def report_to_pb(report: StepReport, incarnation: str) -> scheduler_pb2.StepReport:
     """A step report as a message."""
     return scheduler_pb2.StepReport(
@@ -55,6 +68,10 @@ def report_to_pb(report: StepReport, incarnation: str) -> scheduler_pb2.StepRepo
             )
             for load in report.classes
         ],
+        predicted_tokens=report.predicted_tokens,
+        predicted_ms=report.predicted_ms,
+        decoded_tokens=report.decoded_tokens,
+        round_ms=report.round_ms,
     )
 
 
@@ -132,7 +149,7 @@ def plan_to_pb(
     """A plan as a message, and the calibration table that goes with it."""
     return scheduler_pb2.StepPlan(
         epoch=plan.epoch,
-        policy=_POLICY_NUMBERS[plan.policy],
+        policy=policy_to_pb(plan.policy),
         block_size=plan.block_size,
         max_draft_tokens=plan.max_draft_tokens,
         draft_for_all=plan.draft_for_all,
@@ -144,9 +161,7 @@ def plan_to_pb(
 
 def plan_from_pb(message: scheduler_pb2.StepPlan) -> StepPlan:
     """A plan as the verifier takes it; ProtocolError if it breaks the contract."""
-    policy = _POLICIES.get(message.policy)
-    if policy is None:
-        raise ProtocolError(f"a plan needs a policy; got {message.policy}")
+    policy = policy_from_pb(message.policy)
     if message.block_size > MAX_BLOCK_SIZE:
         raise ProtocolError(
             f"block_size must be at most {MAX_BLOCK_SIZE}; got {message.block_size}"

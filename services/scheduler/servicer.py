@@ -31,6 +31,7 @@ from dspark.services.scheduler.load_report import load_to_pb
 from dspark.services.scheduler.placing import Placing
 from dspark.services.scheduler.plans import RENEW_AFTER_S, plan_for
 from dspark.services.scheduler.step_times import StepTimes, check_fingerprint
+from dspark.services.scheduler.throughputs import Throughputs
 from dspark.store import Store
 from dspark.wire.bounds import MAX_ID_CHARS
 from dspark.wire.plans import plan_to_pb
@@ -71,6 +72,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         self._calibrations = Calibrations(cluster, self._store)
         self._step_times = StepTimes(self._store)
         self._placing = Placing(config.scheduler, cluster, self._step_times)
+        self.throughputs = Throughputs(config.scheduler.throughput_alarm)
         self._unkept: dict[str, pb.HeartbeatRequest] = {}  # by incarnation, the latest
         self._copying: asyncio.Task[None] | None = None
         self._store_down = False
@@ -154,13 +156,13 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         except DSparkError as error:
             await abort(context, error)
         members = self._cluster.members()
-        alive = {m.replica.incarnation for m in members}
-        self._reports = {name: r for name, r in self._reports.items() if name in alive}
+        self._forget_the_gone(members)
         return pb.DescribeClusterResponse(
             replicas=[self._status(m) for m in members],
             reports=self._reports.values(),
             calibrations=self._calibrations.statuses(),
             kubernetes=None if self._kubernetes is None else load_to_pb(self._kubernetes),
+            throughputs=self.throughputs.statuses(),
         )
 
     async def GetStepTimes(  # noqa: N802
@@ -195,11 +197,19 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
 
     def _take(self, report: pb.StepReport) -> None:
         last = self._reports.get(report.incarnation)
+        if last is None:
+            self._forget_the_gone(self._cluster.members())  # that it may have come after
         if last is None or report.step > last.step:  # the latest may come twice
             self._calibrations.take(report)
             self._placing.take(report)
+            self.throughputs.take(report)
         report.ClearField("outcomes")  # they are in the window now
         self._reports[report.incarnation] = report
+
+    def _forget_the_gone(self, members: list[Member]) -> None:
+        alive = {m.replica.incarnation for m in members}
+        self._reports = {name: r for name, r in self._reports.items() if name in alive}
+        self.throughputs.keep(alive)
 
     async def _push_plans(
         self, context: grpc.aio.ServicerContext, verifier: Follower, reader: asyncio.Task[None]
@@ -214,7 +224,9 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             )
             await context.write(plan_to_pb(plan, self._calibrations.table(verifier.incarnation)))
             with suppress(TimeoutError):
-                await asyncio.wait_for(verifier.changed.wait(), RENEW_AFTER_S)
+                # wait_for of Python 3.11 loses a cancellation that comes with the event.
+                async with asyncio.timeout(RENEW_AFTER_S):
+                    await verifier.changed.wait()
         reader.result()
 
     def _draft_quota(self, verifier: str) -> int:

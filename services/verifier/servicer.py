@@ -8,11 +8,18 @@ from collections.abc import AsyncIterator, Mapping
 import grpc
 
 from dspark.engine.runner import EngineRunner
-from dspark.errors import DSparkError, ModelNotFoundError, UnavailableError
+from dspark.errors import (
+    DSparkError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    UnavailableError,
+)
 from dspark.pb import verifier_pb2 as pb
 from dspark.pb import verifier_pb2_grpc
 from dspark.rpc.status import abort
+from dspark.scheduling.explanation import KEPT_STEPS
 from dspark.types import VerificationResult
+from dspark.wire.explanation import steps_to_pb
 from dspark.wire.requests import request_from_pb, result_to_pb
 
 
@@ -75,6 +82,23 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServicer):
             self._streams.pop(name, None)
             if not finished:
                 self._runner.abort(name)
+
+    async def ExplainSteps(  # noqa: N802
+        self, request: pb.ExplainStepsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ExplainStepsResponse:
+        """What the last steps did, and why."""
+        try:
+            if not 1 <= request.count <= KEPT_STEPS:
+                raise InvalidRequestError(
+                    f"count must be between 1 and {KEPT_STEPS}; got {request.count}", param="count"
+                )
+            if self._runner is None:
+                raise UnavailableError("this verifier is still starting")
+        except DSparkError as error:
+            await abort(context, error)
+        runner = self._runner
+        # Apart from the event loop: of many requests this is too much between two tokens.
+        return await asyncio.to_thread(lambda: steps_to_pb(runner.explain(request.count)))
 
     async def _begin(
         self, message: pb.GenerateTokensRequest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -13,8 +14,10 @@ import httpx
 import pytest
 from ray import serve
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from dspark.cli.local_cluster import LocalCluster
+from dspark.cli.main import app
 from dspark.errors import InvalidRequestError, ModelNotFoundError
 from dspark.evaluation.losslessness import GreedyReference
 from dspark.models.builtin import BUILTIN, resolve_target
@@ -78,6 +81,17 @@ def test_greedy_answers_are_the_targets_own(
     assert drafted > 0, "INCONCLUSIVE: nothing was drafted"
     assert accepted > 0, "INCONCLUSIVE: nothing was accepted"
     assert_lossless(answers, reference, tokenizer)
+
+
+def test_steps_are_explained(cluster: LocalCluster) -> None:
+    with InferenceClient(cluster.grpc_address) as client:
+        ask(client, PROMPTS[0])
+    command = ["plan", "explain", "--scheduler", cluster.scheduler_address, "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    (told,) = json.loads(result.stdout)
+    assert told["steps"][0]["policy"] == "fixed"
+    assert told["steps"][0]["plan_epoch"] > 0
 
 
 def test_coupled_answers_do_not_depend_on_speculation(cluster: LocalCluster) -> None:

@@ -8,17 +8,13 @@ from typing import Any
 
 import grpc
 import pytest
+from helpers.led_scheduler import led_scheduler
 from helpers.tables import flat_table
 
-from dspark.config import ServeConfig
 from dspark.errors import OverloadedError
 from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
-from dspark.rpc.server import ReplicaServer
 from dspark.rpc.status import from_rpc_error
-from dspark.scheduling.cluster import Cluster
-from dspark.services.scheduler.leadership import Leadership, StoreElection
-from dspark.services.scheduler.servicer import SchedulerServicer
 from dspark.store import MemoryStore, Store
 from dspark.wire.step_times import step_times_to_pb
 
@@ -38,17 +34,8 @@ class Clock:
 async def scheduler(
     store: Store | None = None, clock: Clock | None = None
 ) -> AsyncIterator[scheduler_pb2_grpc.SchedulerStub]:
-    cluster, store = Cluster(5.0, clock or Clock()), store or MemoryStore()
-    leadership = Leadership(StoreElection(store), 60.0, sole=True)
-    servicer = SchedulerServicer(ServeConfig(), cluster, store, leadership)
-    await leadership.start("127.0.0.1:1", servicer.take_over)
-    server = ReplicaServer()
-    scheduler_pb2_grpc.add_SchedulerServicer_to_server(servicer, server.server)
-    port = await server.start("127.0.0.1", 0, [pb.DESCRIPTOR.services_by_name["Scheduler"]])
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield scheduler_pb2_grpc.SchedulerStub(channel)
-    await server.stop(0)
-    await leadership.stop()
+    async with led_scheduler(store, clock or Clock()) as (stub, _, _):
+        yield stub
 
 
 async def beat(stub: Any, name: str, fingerprint: str = "", **load: int) -> None:

@@ -188,6 +188,17 @@ async def test_streams_that_are_refused_while_their_first_plan_goes_out_end() ->
         assert set(codes) == {grpc.StatusCode.INVALID_ARGUMENT}
 
 
+async def test_a_verifier_that_says_its_name_and_leaves_is_let_go() -> None:
+    """What wakes the pushing of plans may come together with its end."""
+    async with scheduler() as (stub, _):
+        call = stub.Coordinate()
+        await call.write(pb.StepReport(incarnation="v"))
+        await call.done_writing()
+        while await call.read() is not grpc.aio.EOF:
+            pass
+        assert await call.code() is grpc.StatusCode.OK
+
+
 async def test_a_restarted_scheduler_knows_the_cluster() -> None:
     store = MemoryStore()
     async with scheduler(store) as (stub, _):

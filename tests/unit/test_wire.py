@@ -244,6 +244,7 @@ def report(outcomes: BlockOutcomes | None) -> scheduler_pb2.StepReport:
         accepted_by_position=(0,), committed=1, free_pages=1, total_pages=1,
         calibration_epoch=4, calibrations_refused=2, outcomes=outcomes,
         classes=(ClassLoad("fast", 5, 4, 3, 2),),
+        predicted_tokens=2.5, predicted_ms=10.25, decoded_tokens=3, round_ms=12.5,
     )  # fmt: skip
     return plans.report_to_pb(made, "v")
 
@@ -257,6 +258,8 @@ def test_outcomes_round_trip(count: int, size: int, seed: int) -> None:
     outcomes = BlockOutcomes(confidences, verified, rng.integers(0, verified + 1), (1.5,))
     message = report(outcomes)
     assert (message.calibration_epoch, message.calibrations_refused) == (4, 2)
+    assert (message.predicted_tokens, message.predicted_ms) == (2.5, 10.25)
+    assert (message.decoded_tokens, message.round_ms) == (3, 12.5)
     back = plans.outcomes_from_pb(message.outcomes)
     for name in ("confidences", "verified", "accepted"):
         np.testing.assert_array_equal(getattr(back, name), getattr(outcomes, name))

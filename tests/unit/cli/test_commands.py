@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dspark.models.checkpoint import WEIGHTS_FILE, fingerprint, load_drafter, sa
 from dspark.models.target_ends import StoredEnds
 
 runner = CliRunner()
-COMMANDS = ("serve", "chat", "generate", "bench", "eval", "train", "doctor", "models")
+COMMANDS = ("serve", "chat", "generate", "bench", "eval", "train", "doctor", "models", "plan")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -69,6 +70,23 @@ def test_an_exported_drafter_is_the_same_to_the_bit(dtype: torch.dtype, tmp_path
     refused = export(drafter, tmp_path / "whole")
     assert refused.exit_code == 1
     assert "not an empty folder" in refused.stderr
+
+
+def test_plans_are_explained_without_a_cluster(tmp_path: Path) -> None:
+    target, drafter = save_models(tmp_path)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Why?"}\n{"prompt": "How?"}\n', encoding="utf-8")
+    names = ["--prompts", str(prompts), "--target", str(target), "--drafter", str(drafter)]
+    greedy = ["--temperature", "0", "--max-tokens", "20"]
+    result = runner.invoke(app, ["plan", "explain", *names, *greedy, "--steps", "64", "--json"])
+    assert result.exit_code == 0, result.output
+    (told,) = json.loads(result.stdout)
+    assert told["verifier"] == "in process"
+    committed = sum(r["committed"] for step in told["steps"] for r in step["requests"])
+    assert committed == 2 * 19  # and each one's first token, which its prompt's step decides
+    requests = [request for step in told["steps"] for request in step["requests"]]
+    assert all(r["accepted"] <= r["verified"] <= len(r["survivals"]) for r in requests)
+    assert any(r["survivals"] for r in requests), "INCONCLUSIVE: nothing was drafted"
 
 
 def test_errors_are_shown_as_they_are(tmp_path: Path) -> None:

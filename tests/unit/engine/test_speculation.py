@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from dspark.config import ServiceClass
 from dspark.engine.sequence import Sequence
 from dspark.engine.speculation import Round, Speculation
+from dspark.scheduling.explanation import Basis
 from dspark.scheduling.step_table import StepTimeTable
+from dspark.scheduling.survival import survival
 from dspark.types import (
     BlockProposal,
     Fence,
@@ -178,3 +180,23 @@ def test_no_more_requests_are_drafted_for_than_the_plan_allows(most: int) -> Non
         drafted.append(sum(result.drafted > 0 for result in results))
     assert max(drafted) == most
     assert tally.tokens == run(tiny_engine(TARGET), requests).tokens
+
+
+@pytest.mark.parametrize(
+    ("planner", "temperature", "basis"),
+    [("asynchronous", 1.0, Basis.RANKED), ("synchronous", 1.0, Basis.CAUSAL),
+     ("asynchronous", 0.0, Basis.GLOBAL)],
+)  # fmt: skip
+def test_what_was_planned_is_told(planner: str, temperature: float, basis: Basis) -> None:
+    speculation = experienced(DENTED, 2, [0.9, 0.6, 0.3, 0.1], planner)
+    decoding = sequences([[0.9, 0.5, 0.4, 0.2], [0.8, 0.7, 0.1, 0.1]], temperature)
+    lengths = speculation.verification(decoding, 0, 2)
+    planned = speculation.planned
+    assert (planned.basis, planned.requests) == (basis, 2)
+    assert planned.ceiling == (sum(lengths) if basis is Basis.RANKED else None)
+    assert planned.found is not None
+    assert planned.found.lengths == lengths
+    blocks = [s.proposal.confidences for s in decoding if s.proposal is not None]
+    assert planned.confidences == blocks
+    admitted = [survival(b)[:n].sum() for b, n in zip(blocks, lengths, strict=True)]
+    assert planned.found.expected == pytest.approx(2 + sum(admitted))
