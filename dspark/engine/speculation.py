@@ -335,7 +335,7 @@ class Speculation:
             if gate.width is None:
                 self._drafting = 0 if exchange is None else size
             else:
-                sequences = [s for s in sequences if s.useful][: gate.width]
+                sequences = self._few(sequences, gate.width)
                 self._narrow = size > 0
         if exchange is not None:
             self._demand.count(gate)
@@ -344,6 +344,16 @@ class Speculation:
                 self._asked = max(sizes)
         elif lookup is not None and size:
             self._look_up(lookup, sequences, size)
+
+    def _few(self, sequences: Seq[Sequence], count: int) -> list[Sequence]:
+        """So many that a block can be of use to, those with a floor that wants one first."""
+        useful = [s for s in sequences if s.useful]
+        wanted = self.classes.wanted(useful)
+        if wanted is None:
+            return useful[:count]
+        floors = int(np.count_nonzero(wanted))
+        order = np.argsort(wanted == 0.0, kind="stable")
+        return [useful[i] for i in order[: max(count, floors)]]
 
     def _sizes(
         self, sequences: Seq[Sequence], size: int, plan: StepPlan, gate: DraftGate | None

@@ -200,3 +200,17 @@ def test_what_was_planned_is_told(planner: str, temperature: float, basis: Basis
     assert planned.confidences == blocks
     admitted = [survival(b)[:n].sum() for b, n in zip(blocks, lengths, strict=True)]
     assert planned.found.expected == pytest.approx(2 + sum(admitted))
+
+
+def test_who_has_a_floor_is_among_the_few() -> None:
+    classes = {"fast": ServiceClass(min_tokens_per_s=150.0)}
+    dear = flat_table((1, 8), (1, 5), ((10.0, 500.0), (10.0, 500.0)))
+    speculation = experienced(dear, 6, [0.1] * GAMMA, "auto", classes)
+    for _ in range(80):
+        speculation.classes.learn(10.0)
+    plain, fast = ServiceClass(), classes["fast"]
+    decoding = [ready(i, fast if i in (3, 5) else plain) for i in range(6)]
+    few = speculation._few(decoding, 3)
+    assert [s.request.id for s in few] == ["3", "5", "0"]
+    assert speculation._few(decoding, 1) == few[:2]
+    assert [s.request.id for s in speculation._few(decoding[:3], 2)] == ["0", "1"]
