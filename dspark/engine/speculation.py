@@ -20,22 +20,21 @@ from dspark.engine.classes import ServiceClasses
 from dspark.engine.demand import DraftDemand
 from dspark.engine.exchange import DraftExchange
 from dspark.engine.features import FeatureStore
+from dspark.engine.judges import Judge, Judges
 from dspark.engine.lookup import PromptLookup
+from dspark.engine.plan_in_force import PlanInForce
 from dspark.engine.sequence import Sequence
+from dspark.engine.verification import Verification, freest_search
 from dspark.kernels.attention_plan import PAGE_SIZE
 from dspark.scheduling.autoscaling.signals import DraftCounts
 from dspark.scheduling.calibration import CalibrationInUse
-from dspark.scheduling.draft_gate import DraftGate
-from dspark.scheduling.draft_policy import DraftPolicy
 from dspark.scheduling.explanation import Basis, Planned
-from dspark.scheduling.planner import Search, plan_lengths, reserve
 from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
-from dspark.scheduling.survival import survival, survival_table
-from dspark.types import FloatArray, StepPlan, VerificationPolicy, VerificationResult, VerifyMode
+from dspark.scheduling.survival import survival
+from dspark.types import StepPlan, VerificationPolicy, VerificationResult
 
 _SPLIT_GAIN = 0.95  # a round is halved for no less than this
-_NO_BLOCK = np.zeros(0, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +67,16 @@ class Speculation:
     ) -> None:
         self.block_size = block_size  # γ, where a plan says nothing else
         self.classes = ServiceClasses(config.classes)
-        self.calibration = calibration
         self._config = config
         self._exchange, self._features, self._lookup = exchange, features, lookup
-        self._looks_up = False  # the latest blocks come from there
-        self._times: RoundTimes | None = None
-        self._gate: DraftGate | None = None
-        self._policy: DraftPolicy | None = None
-        self._judges: tuple[tuple[RoundTimes, DraftGate], ...] | None = None  # see _turn_to
-        self._plan = _own_plan(config)
-        self._plan_until = math.inf
+        self._judges = Judges(has_drafter=exchange is not None)
+        self._plan = PlanInForce(config)
+        self._verification = Verification(config, self._judges, self.classes, calibration)
         self._asked = 0  # length of blocks asked for in the round that ends with the next step
         self._narrow = False  # and that they are for a few of the requests
         self._drafting = 0  # length of blocks that the gate last let through
-        # Whose draft tokens this step verifies, and how many of them should be accepted.
-        self._promised: dict[str, tuple[Sequence, float]] = {}
         self._rows = 1.0  # target rows of a request in the last step that decoded
         self._demand = DraftDemand()
-        self.planned = Planned(self._plan, Basis.PROMPTS, 0)  # the last step, for those who ask why
 
     @property
     def drafts(self) -> bool:
@@ -103,50 +94,46 @@ class Speculation:
     @property
     def looks_up(self) -> bool:
         """Whether the latest blocks were looked up, not drafted."""
-        return self._looks_up
+        return self._judges.looks_up
 
     @property
     def table(self) -> StepTimeTable | None:
         """The step-time table; without one, `adaptive` verifies whole blocks."""
-        return None if self._times is None else self._times.table
+        return self._judges.table
 
     @table.setter
     def table(self, table: StepTimeTable) -> None:
-        by_drafter, looked_up = RoundTimes(table), RoundTimes(table)
-        self._judges = (by_drafter, DraftGate(by_drafter)), (looked_up, DraftGate(looked_up))
-        self._policy = DraftPolicy(by_drafter)
-        self._turn_to(looks_up=self._exchange is None)
+        self._judges.table = table
+
+    @property
+    def calibration(self) -> CalibrationInUse:
+        """What confidences are read by."""
+        return self._verification.calibration
+
+    @calibration.setter
+    def calibration(self, calibration: CalibrationInUse) -> None:
+        self._verification.calibration = calibration
+
+    @property
+    def planned(self) -> Planned:
+        """How the last step was planned, for those who ask why."""
+        return self._verification.planned or Planned(self._plan.now, Basis.PROMPTS, 0)
 
     def follow(self, plan: StepPlan) -> None:
         """Follow `plan` until its validity ends, then the configuration again."""
-        self._plan = plan
-        self._plan_until = time.monotonic() + plan.valid_for_s
+        self._plan.follow(plan)
 
     @property
-    def _current_plan(self) -> StepPlan:
-        if time.monotonic() > self._plan_until:
-            self._plan = _own_plan(self._config)
-            self._plan_until = math.inf
-        return self._plan
-
-    @property
-    def _asynchronous(self) -> bool:
-        """Whether earlier steps say how much a step verifies, where it may not search for itself.
-
-        Algorithm 1 stops at the first dent of Θ, and padded shapes are full of them (paper §5.2).
-        """
-        if self._config.planner == "auto":
-            return self.table is not None and bool(self.table.padded)
-        return self._config.planner == "asynchronous"
+    def _times(self) -> RoundTimes | None:
+        return None if self._judges.now is None else self._judges.now.times
 
     # -- before a step ------------------------------------------------------------------------
 
     def receive(self, running: dict[str, Sequence]) -> float:
         """Give blocks that came to their requests; waits while that pays. Milliseconds waited."""
         contexts = [s.computed for s in running.values() if s.computed]
-        if self._judges is not None and contexts:
-            for times, _ in self._judges:
-                times.set_context(sum(contexts) / len(contexts))
+        if contexts:
+            self._judges.set_context(sum(contexts) / len(contexts))
         if self._exchange is None:
             return 0.0
         return self._exchange.receive(running, lambda under_way: self._patience(running, under_way))
@@ -177,66 +164,16 @@ class Speculation:
 
     def verification(self, decoding: Seq[Sequence], prefill: int, running: int) -> list[int]:
         """How many draft tokens of each to verify beside `prefill` prompt tokens."""
-        plan = self._current_plan
-        blocks = [s.proposal for s in decoding]
-        sizes = [0 if block is None else len(block.token_ids) for block in blocks]
-        if plan.policy is VerificationPolicy.OFF or not any(sizes):
-            self.planned = Planned(plan, self._why_none(plan.policy, decoding), len(decoding))
-            return [0] * len(decoding)
-        confidences = [_NO_BLOCK if block is None else block.confidences for block in blocks]
-        # Looked up blocks come with measured chances, and the gate has seen them already.
-        temperatures = () if self._looks_up else self.calibration.temperatures
-        of = len(decoding), confidences, temperatures, self._looks_up
-        times, gate = self._times, self._gate
-        if plan.policy is VerificationPolicy.FIXED or times is None or gate is None:
-            self.planned = Planned(plan, Basis.WHOLE, *of)
-            return sizes
-        size = self._asked or self.block_size
-        search, ceiling = _search(decoding), plan.max_draft_tokens or None
-        if search == "causal":
-            # By earlier rounds, so before those at hand are recorded.
-            capacity = gate.capacity(len(decoding), size, prefill)
-            if capacity is not None and (capacity >= sum(sizes) or self._asynchronous):
-                search, ceiling = "ranked", min(capacity, ceiling or capacity)
-        survivals = survival_table(confidences, temperatures)
-        if not self._looks_up:
-            self._see(decoding, survivals, sizes)
-        weights, wanted = self.classes.weights(decoding), self.classes.wanted(decoding)
-        reserved = None
-        if wanted is not None:
-            rank = np.ones(len(decoding)) if weights is None else weights
-            reserved, _ = reserve(survivals, wanted, rank, ceiling)
-        # Waiting is over when a step is planned; but a round that waited is worth more tokens.
-        alone = len(decoding) == running
-        found = plan_lengths(
-            survivals,
-            lambda tokens: times.round_ms(len(decoding), tokens, size, waits=alone),
-            extra_tokens=prefill,
-            ceiling=ceiling,
-            search=search,
-            weights=weights,
-            reserved=reserved,
+        plan = self._plan.now
+        return self._verification.lengths(
+            decoding,
+            plan,
+            prefill=prefill,
+            asked=self._asked,
+            alone=len(decoding) == running,
+            block_size=self.block_size,
+            why_none=lambda: self._why_none(plan.policy, decoding),
         )
-        self._promised = {
-            sequence.request.id: (sequence, promised)
-            for sequence, promised in zip(decoding, found.promised, strict=True)
-            if promised
-        }
-        self.planned = Planned(plan, Basis(search), *of, ceiling, found)
-        return found.lengths
-
-    def _see(self, decoding: Seq[Sequence], survivals: FloatArray, sizes: list[int]) -> None:
-        """Let gate and policy know blocks, before it is known what comes of them."""
-        seen = []
-        for sequence, row, size in zip(decoding, survivals, sizes, strict=True):
-            if size:
-                sequence.prospect.see(row[:size])
-                seen.append(row[:size])
-            elif sequence.prospect.left_out and self._asked:
-                # What a round brings hangs on how many are drafted for.
-                seen.append(np.zeros(self._asked, dtype=np.float32))
-        if self._gate is not None:
-            self._gate.record(seen)
 
     def _why_none(self, policy: VerificationPolicy, decoding: Seq[Sequence]) -> Basis:
         """What is the reason that there is nothing to verify."""
@@ -282,7 +219,7 @@ class Speculation:
         """
         asked, self._asked = self._asked, 0
         narrow, self._narrow = self._narrow, False
-        learns = self._current_plan.policy is VerificationPolicy.ADAPTIVE and not narrow
+        learns = self._plan.now.policy is VerificationPolicy.ADAPTIVE and not narrow
         if learns and self._times is not None and of.requests and of.round_ms is not None:
             self._times.record(
                 requests=of.requests,
@@ -298,39 +235,35 @@ class Speculation:
             self._rows = of.tokens / of.requests
         if of.requests and of.round_ms is not None:
             self.classes.learn(of.round_ms)
-        if self._gate is not None and self._promised:
-            accepted = {result.request_id: result.accepted for result in results}
-            for name, (sequence, promised) in self._promised.items():
-                sequence.prospect.settle(promised, accepted[name])
-            whole = sum(promised for _, promised in self._promised.values())
-            self._gate.settle(whole, sum(accepted.values()))
-            self._promised = {}
+        self._verification.settle(results)
 
     def ask(self, stepped: Seq[Sequence], running: int) -> None:
         """Ask the drafter, or look up while there is none, where a block can still be of use.
 
         What the drafter is not sent now is sent when it is there again.
         """
-        plan, lookup = self._current_plan, self._lookup
+        plan, lookup = self._plan.now, self._lookup
         self._drafting = 0
         self._demand.rounds += 1
         sequences = [s for s in stepped if s.request.sampling.speculate]
         if plan.policy is VerificationPolicy.OFF or not sequences:
             return
         exchange = self._exchange
-        judges = self._judges if plan.policy is VerificationPolicy.ADAPTIVE else None
+        adaptive = plan.policy is VerificationPolicy.ADAPTIVE
         size, rest = plan.block_size or self.block_size, 0
         if exchange is not None and not exchange.available:
-            gate = None if judges is None else judges[0][1]
-            self._demand.count_without(gate, running, size, exchange.latency_ms, _search(sequences))
+            judge = self._judges.of_drafter if adaptive else None
+            gate = None if judge is None else judge.gate
+            search = freest_search(sequences)
+            self._demand.count_without(gate, running, size, exchange.latency_ms, search)
             exchange = None
         if exchange is None and lookup is None:
             return
-        self._turn_to(looks_up=exchange is None)
-        gate = None if judges is None else self._gate
-        if gate is not None:
-            latency_ms = 0.0 if exchange is None else exchange.latency_ms
-            size = gate.block_size(running, size, latency_ms, _search(sequences))
+        self._judges.looks_up = exchange is None
+        judge = self._judges.now if adaptive else None
+        if judge is not None:
+            gate, latency_ms = judge.gate, 0.0 if exchange is None else exchange.latency_ms
+            size = gate.block_size(running, size, latency_ms, freest_search(sequences))
             rest = gate.rest
             if gate.width is None:
                 self._drafting = 0 if exchange is None else size
@@ -338,8 +271,8 @@ class Speculation:
                 sequences = self._few(sequences, gate.width)
                 self._narrow = size > 0
         if exchange is not None:
-            self._demand.count(gate)
-            sizes = self._sizes(sequences, size, plan, gate)
+            self._demand.count(None if judge is None else judge.gate)
+            sizes = self._sizes(sequences, size, plan, judge)
             if exchange.ask(sequences, self._features, sizes, rest=rest):
                 self._asked = max(sizes)
         elif lookup is not None and size:
@@ -356,7 +289,7 @@ class Speculation:
         return [useful[i] for i in order[: max(count, floors)]]
 
     def _sizes(
-        self, sequences: Seq[Sequence], size: int, plan: StepPlan, gate: DraftGate | None
+        self, sequences: Seq[Sequence], size: int, plan: StepPlan, judge: Judge | None
     ) -> list[int]:
         """Draft tokens to ask for, for each of `sequences`; features of all flow."""
         sizes = [size] * len(sequences)
@@ -364,10 +297,11 @@ class Speculation:
         drafted = [sequences[i] for i in at]
         for sequence in drafted:
             sequence.prospect.left_out = False
-        by_request = drafted and gate is not None and size and size == gate.usual_size
-        if by_request and self._policy is not None and not plan.draft_for_all:
+        # Rounds with blocks of another length than the usual one are run to learn, with all.
+        usual = judge is not None and 0 < size == judge.gate.usual_size
+        if judge is not None and usual and drafted and not plan.draft_for_all:
             weights = self.classes.weights(drafted)
-            chosen = self._policy.sizes(
+            chosen = judge.policy.sizes(
                 [s.prospect for s in drafted], size, weights=weights, most_blocks=plan.max_blocks
             )
             for i, wanted in zip(at, chosen, strict=True):
@@ -392,12 +326,6 @@ class Speculation:
         if self._exchange is not None:
             self._exchange.free(session)
 
-    def _turn_to(self, *, looks_up: bool) -> None:
-        """Go by the times and the gate of where blocks come from: they cost and bring unlike."""
-        self._looks_up = looks_up
-        if self._judges is not None:
-            self._times, self._gate = self._judges[looks_up]
-
     def _look_up(self, lookup: PromptLookup, sequences: Seq[Sequence], size: int) -> None:
         survivals = []
         for sequence in sequences:
@@ -410,19 +338,5 @@ class Speculation:
             )
         if survivals:
             self._asked = size
-            if self._gate is not None:
-                self._gate.record(survivals)
-
-
-def _own_plan(config: EngineConfig) -> StepPlan:
-    """What holds while nobody plans for us."""
-    return StepPlan(
-        policy=VerificationPolicy(config.policy), draft_for_all=not config.draft_by_request
-    )
-
-
-def _search(sequences: Seq[Sequence]) -> Search:
-    """The freest that biases nothing: a sampled token may depend on what is verified, or not."""
-    samplings = (s.request.sampling for s in sequences)
-    unbiased = all(s.greedy or s.mode is VerifyMode.COUPLED for s in samplings)
-    return "global" if unbiased else "causal"
+            if self._judges.now is not None:
+                self._judges.now.gate.record(survivals)

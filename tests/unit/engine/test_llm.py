@@ -120,7 +120,7 @@ def test_a_drafters_table_is_what_its_plans_start_with(
         seen.add(temperatures)
         return survival_table(blocks, temperatures)
 
-    monkeypatch.setattr("dspark.engine.speculation.survival_table", watched)
+    monkeypatch.setattr("dspark.engine.verification.survival_table", watched)
     llm((folders[0], str(drafter)), policy="adaptive").generate(PROMPTS, GREEDY)
     assert seen == {table.temperatures}
     (drafter / "calibration.json").write_text(replace(table, drafter_fingerprint="x").to_json())

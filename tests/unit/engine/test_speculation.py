@@ -94,7 +94,7 @@ def experienced(
         tokens = requests * (GAMMA + 1 if drafted else 1)
         if drafted:
             speculation.verification(sequences([usual] * requests), 0, requests)
-            speculation._promised = 0.0
+            speculation._verification._promised = {}
         took_ms = table.at(1).ms(requests, tokens)
         speculation.learn(Round(requests, tokens, 0, took_ms, took_ms, 0.0), (), under_way=False)
     speculation._asked = GAMMA
@@ -144,22 +144,22 @@ def test_floors_are_drafted_for_behind_a_closed_gate() -> None:
     dear = flat_table((1, 8), (1, 5), ((10.0, 500.0), (10.0, 500.0)))
     classes = {"fast": ServiceClass(min_tokens_per_s=150.0)}  # 1.5 tokens in a round of 10 ms
     speculation = experienced(dear, 3, [0.1] * GAMMA, "auto", classes)
-    gate = speculation._gate
-    assert gate is not None
-    assert gate.usual_size == 0
+    judge = speculation._judges.now
+    assert judge is not None
+    assert judge.gate.usual_size == 0
     for _ in range(80):
         speculation.classes.learn(10.0)  # rounds without drafts, since it is closed
     names = ["", "fast", ""]
     decoding = [ready(i, classes.get(name, ServiceClass())) for i, name in enumerate(names)]
-    assert speculation._sizes(decoding, 0, StepPlan(), gate) == [0, GAMMA, 0]
+    assert speculation._sizes(decoding, 0, StepPlan(), judge) == [0, GAMMA, 0]
     slower = [ready(0, ServiceClass(min_tokens_per_s=50.0))]  # a plain step is fast enough
-    assert speculation._sizes(slower, 0, StepPlan(), gate) == [0]
+    assert speculation._sizes(slower, 0, StepPlan(), judge) == [0]
 
 
 def test_padded_shapes_are_planned_for_asynchronously() -> None:
     padded = StepTimeTable((1, 8), (1, 2), (1,), (((1.0, 2.0), (1.0, 2.0)),), padded=(1, 2, 4, 8))
-    assert experienced(padded, 2, [0.5] * GAMMA, "auto")._asynchronous
-    assert not experienced(DENTED, 2, [0.5] * GAMMA, "auto")._asynchronous
+    assert experienced(padded, 2, [0.5] * GAMMA, "auto")._verification._asynchronous
+    assert not experienced(DENTED, 2, [0.5] * GAMMA, "auto")._verification._asynchronous
 
 
 @pytest.mark.parametrize("most", [1, 2])

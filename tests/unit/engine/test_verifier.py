@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dspark.engine import exchange, speculation, verifier
+from dspark.engine import exchange, plan_in_force, verifier
 from dspark.engine.draft_link import DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
 from dspark.engine.dspark_blocks import DSparkBlocks
@@ -311,7 +311,7 @@ def test_a_plan_that_lapsed_leaves_the_verifier_to_its_own(
 ) -> None:
     """As when the scheduler is gone: the configured policy, planned here by the same code."""
     now = time.monotonic()
-    monkeypatch.setattr(speculation.time, "monotonic", lambda: now)
+    monkeypatch.setattr(plan_in_force.time, "monotonic", lambda: now)
     one = request()
     engine = tiny_engine(TARGET, tiny_drafter(TARGET), link=scripted(one), prefix_cache=False)
     engine.set_plan(StepPlan(epoch=1, policy=VerificationPolicy.OFF, valid_for_s=10.0))
