@@ -19,7 +19,7 @@ from dspark.models.target import TargetBatch, TargetModel
 from dspark.scheduling.step_table import Cell, StepTimeTable
 from dspark.types import Fence, Request, SamplingParams
 
-_REQUESTS = (4, 8, 16, 32, 64)
+_REQUESTS = (2, 4, 8, 16, 32, 64)
 _CONTEXTS = (64, 512, 2048)
 _PASSES = 3
 _BUDGET_S = 20.0  # a start must not take for ever; what is left out is extrapolated
@@ -43,12 +43,20 @@ class Grid:
         Where steps are padded to sizes, all is measured at powers of two, which are sizes.
         """
         most, widest = max(2, max_requests), max(2, block_size + 1)
+        rows = {
+            1,
+            2,
+            3,
+            (widest + 1) // 2,
+            widest,
+        }  # kernels have steps of their own where B is small
         if target.padded is not None:
             most, widest = (1 << (n - 1).bit_length() for n in (most, widest))
+            rows = {1, 2, widest // 2, widest}
         longest = max(1, min(target.max_positions, cache_tokens) - widest)
         return cls(
             requests=(1, *(r for r in _REQUESTS if r < most), most),
-            rows=tuple(sorted({1, 2, (widest + 1) // 2, widest})),
+            rows=tuple(sorted(row for row in rows if row <= widest)),
             contexts=tuple(sorted({min(context, longest) for context in _CONTEXTS})),
         )
 

@@ -29,7 +29,7 @@ from typing import Literal
 
 import numpy as np
 
-from dspark.scheduling.survival import ABSENT
+from dspark.scheduling.survival import ABSENT, FEW
 from dspark.types import DoubleArray, FloatArray, IntArray
 
 Search = Literal["causal", "ranked", "global"]
@@ -67,6 +67,9 @@ def plan_lengths(
 ) -> Plan:
     """ℓ_r for each request. Equal inputs give equal plans; ties go by position, then request."""
     requests, width = survivals.shape
+    ask = _Ask(step_ms, requests + extra_tokens, ceiling, search)
+    if survivals.size <= FEW:
+        return _plan_few(survivals, ask, weights, reserved)
     keys = survivals if weights is None else survivals * weights[:, None].astype(np.float32)
     worth = float(requests if weights is None else weights.sum())
     first = np.zeros(requests, dtype=np.int64) if reserved is None else reserved
@@ -78,22 +81,67 @@ def plan_lengths(
     values = _falling(keys)
     if ceiling is not None:
         values = values[: max(0, ceiling - held)]
-    base = requests + extra_tokens + held
-    if search == "ranked":
-        admitted = len(values)
-        times = step_ms(np.array([base + admitted], dtype=np.float64))
-    else:
-        times = step_ms(base + np.arange(len(values) + 1, dtype=np.float64))
+    admitted, round_ms = ask.admit(held, worth, values)
+    lengths = first + _best(keys, values, admitted)
+    chosen = np.arange(width) < lengths[:, None]
+    promised = (survivals * chosen).sum(axis=1)
+    return Plan(lengths.tolist(), promised.tolist(), round_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """What is asked of a search, but for the draft tokens themselves."""
+
+    step_ms: StepMs
+    base: int  # target tokens without any draft token
+    ceiling: int | None
+    search: Search
+
+    def admit(
+        self,
+        held: int,  # draft tokens that are admitted already
+        worth: float,  # of them, and of the bonus tokens
+        values: FloatArray,  # of the others, falling
+    ) -> tuple[int, float]:
+        """How many of the others are admitted, and how long the round should take."""
+        base = self.base + held
+        if self.search == "ranked":
+            times = self.step_ms(np.array([base + len(values)], dtype=np.float64))
+            return len(values), float(times[0])
+        times = self.step_ms(base + np.arange(len(values) + 1, dtype=np.float64))
         worths = np.empty(len(values) + 1)
         worths[0] = worth
         np.cumsum(values, out=worths[1:], dtype=np.float64)
         worths[1:] += worth
-        admitted = best_count(worths / times, search)
-        times = times[admitted : admitted + 1]
-    lengths = first + _best(keys, values, admitted)
-    chosen = np.arange(width) < lengths[:, None]
-    promised = (survivals * chosen).sum(axis=1)
-    return Plan(lengths.tolist(), promised.tolist(), float(times[0]))
+        admitted = best_count(worths / times, self.search)
+        return admitted, float(times[admitted])
+
+
+def _plan_few(
+    survivals: FloatArray, ask: _Ask, weights: DoubleArray | None, reserved: IntArray | None
+) -> Plan:
+    """The same, where calls of numpy would cost more than they do."""
+    rows: list[list[float]] = survivals.tolist()
+    weight = [1.0] * len(rows) if weights is None else weights.astype(np.float32).tolist()
+    lengths = [0] * len(rows) if reserved is None else reserved.tolist()
+    others = []
+    worth = float(sum(weight))
+    for r, (row, of_request, held) in enumerate(zip(rows, weight, lengths, strict=True)):
+        worth += of_request * sum(row[:held])
+        for position, survival in enumerate(row[held:]):
+            if survival < 0.0:
+                break
+            others.append((-of_request * survival, position + held, r))
+    others.sort()  # ties go by position, then request
+    held = sum(lengths)
+    if ask.ceiling is not None:
+        del others[max(0, ask.ceiling - held) :]
+    values = np.array([-key for key, _, _ in others])
+    admitted, round_ms = ask.admit(held, worth, values)
+    for _, _, r in others[:admitted]:
+        lengths[r] += 1
+    promised = [sum(row[:n]) for row, n in zip(rows, lengths, strict=True)]
+    return Plan(lengths, promised, round_ms)
 
 
 def reserve(

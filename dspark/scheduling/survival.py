@@ -9,6 +9,7 @@ import numpy as np
 from dspark.types import DoubleArray, FloatArray
 
 ABSENT = np.float32(-1.0)  # in a table of survivals: the block has no token there
+FEW = 64  # draft tokens in all, up to which numpy costs more than it saves
 _EPS = 1e-6
 
 
@@ -34,12 +35,33 @@ def survival_table(
 ) -> FloatArray:  # [R, max γ_r]
     """Survivals of many blocks at once, ABSENT past a block's end."""
     sizes = [len(block) for block in blocks]
+    if sum(sizes) <= FEW:
+        return _few(blocks, max(sizes), temperatures)
     if sizes.count(sizes[0]) == len(sizes):  # as mostly: nothing is absent
         return survival(np.array(blocks), temperatures)
     there = np.arange(max(sizes)) < np.array(sizes)[:, None]
     confidences = np.ones(there.shape, dtype=np.float32)
     confidences[there] = np.concatenate(blocks)
     return np.where(there, survival(confidences, temperatures), ABSENT)
+
+
+def _few(blocks: Sequence[FloatArray], width: int, temperatures: Sequence[float]) -> FloatArray:
+    """The same, where calls of numpy would cost more than they do."""
+    powers = [1.0 / t for t in temperatures[:width]]
+    powers += [1.0] * (width - len(powers))
+    table = []
+    for block in blocks:
+        row, survives = [], 1.0
+        for confidence, power in zip(block.tolist(), powers, strict=False):
+            good = min(max(confidence, _EPS), 1.0 - _EPS)
+            if power != 1.0:
+                bad = (1.0 - good) ** power
+                good **= power
+                good /= good + bad
+            survives *= good
+            row.append(survives)
+        table.append(row + [float(ABSENT)] * (width - len(row)))
+    return np.array(table, dtype=np.float32)
 
 
 def logits(confidences: DoubleArray) -> DoubleArray:

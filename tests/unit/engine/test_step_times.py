@@ -177,7 +177,7 @@ def test_a_verifier_starts_with_what_an_earlier_one_measured(
 
 def test_a_grid_ends_where_the_engine_does() -> None:
     grid = Grid.of(TARGET, block_size=4, max_requests=20, cache_tokens=300)
-    assert grid == Grid((1, 4, 8, 16, 20), (1, 2, 3, 5), (64, 295))
+    assert grid == Grid((1, 2, 4, 8, 16, 20), (1, 2, 3, 5), (64, 295))
     grid = Grid.of(TARGET, block_size=0, max_requests=1, cache_tokens=16)
     assert grid == Grid((1, 2), (1, 2), (14,))
     grid = Grid.of(TARGET, block_size=4, max_requests=4, cache_tokens=1 << 20)
@@ -187,7 +187,7 @@ def test_a_grid_ends_where_the_engine_does() -> None:
 def test_padded_steps_are_measured_at_their_sizes() -> None:
     target = TargetModel(hf_model(), padded=True)
     grid = Grid.of(target, block_size=4, max_requests=3, cache_tokens=256)
-    assert grid == Grid((1, 4), (1, 2, 4, 8), (64, 248))
+    assert grid == Grid((1, 2, 4), (1, 2, 4, 8), (64, 248))
     table = profile_steps(target, tiny_engine(target).kv, grid)
     assert table.padded == padded_rows(16)
     assert {r * q for r, q, _ in grid.cells} <= set(table.padded)

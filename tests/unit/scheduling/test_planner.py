@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from dspark.decoding.acceptance import Drafts
 from dspark.decoding.noise import Stream, draw_key, key_tensor, uniform
+from dspark.scheduling import planner
+from dspark.scheduling import survival as survival_module
 from dspark.scheduling.planner import Search, plan_lengths, reserve
 from dspark.scheduling.survival import ABSENT, survival, survival_table
 from dspark.types import DoubleArray, FloatArray
@@ -79,6 +82,44 @@ def test_it_admits_what_is_worth_most_up_to_the_ceiling(
         assert min(admitted) >= max(refused)
     assert found.expected == pytest.approx(worth_of(a, found.lengths, np.ones(len(rows))), rel=1e-5)
     assert found.round_ms == pytest.approx(10.0 + slope * (len(rows) + sum(found.lengths)))
+
+
+@given(
+    some_confidences,
+    some_weights,
+    st.lists(st.integers(0, 3), min_size=6, max_size=6),
+    st.floats(0.0, 5.0),
+    st.none() | st.integers(0, 30),
+    searches,
+)
+def test_few_tokens_are_planned_like_many(
+    rows: list[list[float]],
+    of_requests: list[float],
+    held: list[int],
+    slope: float,
+    ceiling: int | None,
+    search: Search,
+) -> None:
+    """Up to FEW there is another way through; it comes to the same."""
+    ways = []
+    for few in (0, 10_000):
+        with mock.patch.object(planner, "FEW", few), mock.patch.object(survival_module, "FEW", few):
+            a, weights = survivals(rows), np.array(of_requests[: len(rows)])
+            most = np.minimum(np.array(held[: len(rows)]), (a > ABSENT).sum(axis=1))
+            reserved = most if ceiling is None or most.sum() <= ceiling else None
+            found = plan_lengths(
+                a,
+                linear(slope),
+                ceiling=ceiling,
+                search=search,
+                weights=weights,
+                reserved=reserved,
+            )
+            ways.append((a, found))
+    (table, one), (other_table, other) = ways
+    assert table == pytest.approx(other_table, rel=1e-6)
+    assert one.promised == pytest.approx(other.promised, rel=1e-5)
+    assert one.lengths == other.lengths or one.throughput == pytest.approx(other.throughput)
 
 
 @given(some_confidences, some_weights, st.floats(0.0, 5.0), st.none() | st.integers(0, 8), searches)
