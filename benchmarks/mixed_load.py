@@ -37,8 +37,8 @@ ADAPTIVE = VerificationPolicy.ADAPTIVE
 ARMS = {
     "off": StepPlan(policy=VerificationPolicy.OFF, valid_for_s=3600.0),
     "fixed": StepPlan(policy=VerificationPolicy.FIXED, valid_for_s=3600.0),
-    "adaptive, for all": StepPlan(policy=ADAPTIVE, draft_for_all=True, valid_for_s=3600.0),
-    "adaptive, by request": StepPlan(policy=ADAPTIVE, valid_for_s=3600.0),
+    "adaptive, for all": StepPlan(policy=ADAPTIVE, valid_for_s=3600.0),
+    "adaptive, by request": StepPlan(policy=ADAPTIVE, draft_by_request=True, valid_for_s=3600.0),
 }
 
 

@@ -88,7 +88,8 @@ class EngineConfig:
     planner: str = "auto"
     block_size: int = 0  # draft tokens a round; 0: the drafter's own
     prompt_lookup: bool = True  # draft from requests' own text while no drafter can be asked
-    draft_by_request: bool = True  # adaptive: leave requests out whose blocks would not pay
+    # Adaptive: leave requests out whose own blocks would not pay. Off, until it is shown to gain.
+    draft_by_request: bool = False
     # By name; requests that name none are of the class "default".
     classes: Mapping[str, ServiceClass] = field(
         default_factory=dict, metadata={"values": ServiceClass}

@@ -185,7 +185,7 @@ class StepPlan:
     block_size: int = 0  # 0: the drafter's own γ
     max_draft_tokens: int = 0  # ceiling K on draft tokens in one step; 0: no ceiling
     valid_for_s: float = 10.0
-    draft_for_all: bool = False  # adaptive: also for requests whose own blocks would not pay
+    draft_by_request: bool = False  # adaptive: not for requests whose own blocks would not pay
     max_blocks: int = 0  # most requests to draft for in one round; 0: no bound
 
 

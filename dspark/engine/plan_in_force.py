@@ -14,7 +14,7 @@ class PlanInForce:
 
     def __init__(self, config: EngineConfig) -> None:
         self._own = StepPlan(
-            policy=VerificationPolicy(config.policy), draft_for_all=not config.draft_by_request
+            policy=VerificationPolicy(config.policy), draft_by_request=config.draft_by_request
         )
         self._plan, self._until = self._own, math.inf
 

@@ -299,7 +299,7 @@ class Speculation:
             sequence.prospect.left_out = False
         # Rounds with blocks of another length than the usual one are run to learn, with all.
         usual = judge is not None and 0 < size == judge.gate.usual_size
-        if judge is not None and usual and drafted and not plan.draft_for_all:
+        if judge is not None and usual and drafted and plan.draft_by_request:
             weights = self.classes.weights(drafted)
             chosen = judge.policy.sizes(
                 [s.prospect for s in drafted], size, weights=weights, most_blocks=plan.max_blocks

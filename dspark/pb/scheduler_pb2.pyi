@@ -226,14 +226,14 @@ class CalibrationTable(_message.Message):
     def __init__(self, temperatures: _Optional[_Iterable[float]] = ..., block_size: _Optional[int] = ..., drafter_fingerprint: _Optional[str] = ..., blocks: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("epoch", "policy", "block_size", "max_draft_tokens", "valid_for_ms", "calibration", "draft_for_all", "max_blocks")
+    __slots__ = ("epoch", "policy", "block_size", "max_draft_tokens", "valid_for_ms", "calibration", "draft_by_request", "max_blocks")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VALID_FOR_MS_FIELD_NUMBER: _ClassVar[int]
     CALIBRATION_FIELD_NUMBER: _ClassVar[int]
-    DRAFT_FOR_ALL_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_BY_REQUEST_FIELD_NUMBER: _ClassVar[int]
     MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     policy: VerificationPolicy
@@ -241,9 +241,9 @@ class StepPlan(_message.Message):
     max_draft_tokens: int
     valid_for_ms: int
     calibration: CalibrationTable
-    draft_for_all: bool
+    draft_by_request: bool
     max_blocks: int
-    def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[_Union[VerificationPolicy, str]] = ..., block_size: _Optional[int] = ..., max_draft_tokens: _Optional[int] = ..., valid_for_ms: _Optional[int] = ..., calibration: _Optional[_Union[CalibrationTable, _Mapping]] = ..., draft_for_all: bool = ..., max_blocks: _Optional[int] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[_Union[VerificationPolicy, str]] = ..., block_size: _Optional[int] = ..., max_draft_tokens: _Optional[int] = ..., valid_for_ms: _Optional[int] = ..., calibration: _Optional[_Union[CalibrationTable, _Mapping]] = ..., draft_by_request: bool = ..., max_blocks: _Optional[int] = ...) -> None: ...
 
 class DescribeClusterRequest(_message.Message):
     __slots__ = ()

@@ -20,7 +20,7 @@ def plan_for(engine: EngineConfig, epoch: int, max_blocks: int = 0) -> StepPlan:
         epoch=epoch,
         policy=VerificationPolicy(engine.policy),
         block_size=engine.block_size,
-        draft_for_all=not engine.draft_by_request,
+        draft_by_request=engine.draft_by_request,
         valid_for_s=VALID_FOR_S,
         max_blocks=max_blocks,
     )

@@ -275,7 +275,7 @@ def random_plan(budgets: random.Random) -> StepPlan:
         policy=budgets.choice(list(VerificationPolicy)),
         block_size=budgets.randint(0, 4),
         max_draft_tokens=budgets.choice([0, 1, 3, 7, 30, 100]),
-        draft_for_all=budgets.random() < 0.5,
+        draft_by_request=budgets.random() < 0.5,
     )
 
 

@@ -98,7 +98,7 @@ def test_proposals_round_trip(fence: Fence, size: int, k: int) -> None:
 
 
 def test_plans_and_resyncs_round_trip() -> None:
-    plan = StepPlan(4, VerificationPolicy.FIXED, 5, 6, 2.5, draft_for_all=True, max_blocks=7)
+    plan = StepPlan(4, VerificationPolicy.FIXED, 5, 6, 2.5, draft_by_request=True, max_blocks=7)
     assert plans.plan_from_pb(plans.plan_to_pb(plan)) == plan
     resync = ResyncRequest("s", 1, 2)
     assert drafts.resync_from_pb(drafts.resync_to_pb(resync)) == resync

@@ -214,6 +214,7 @@ def test_rejection_follows_the_target_law_with_everything_on(
         tiny_drafter(target),
         policy="adaptive",
         planner=planner,
+        draft_by_request=True,
         max_requests=16,
         max_waiting=10_000,
         classes=classes,
