@@ -17,6 +17,7 @@ import torch
 from helpers.training import CONFIG, job
 from tensorboardX.proto.event_pb2 import Event
 
+from dspark.training import trainer
 from dspark.training.job import CHECKPOINT, TrainJob, run_job
 from dspark.training.trainer import STATE_FILE, Measures
 from dspark.training.workers import run_on_workers
@@ -63,7 +64,14 @@ def test_killed_at_any_step_it_ends_where_an_uninterrupted_run_does(tmp_path: Pa
 
 
 @pytest.fixture
-def two_cores() -> Iterator[None]:
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without AVX-512, here and in processes to come: bf16 rounds too much."""
+    monkeypatch.setattr(trainer, "_bf16_pays", lambda _: False)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+
+
+@pytest.fixture
+def two_cores(in_float32: None) -> Iterator[None]:
     """A Ray cluster of this process's own."""
     ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     yield
