@@ -86,7 +86,7 @@ def test_two_workers_train_what_one_does(tmp_path: Path) -> None:
     run_on_workers(two, 2)
     got = weights(two)
     for name, tensor in weights(one).items():
-        # Where a gradient is next to nothing, its sign hangs on the order, and so does a whole step.
+        # The order decides the sign of a gradient that is next to nothing, and so a whole step.
         near = torch.isclose(got[name], tensor, atol=2e-3, rtol=1e-2)
         assert near.float().mean() >= 0.98, name
         assert (got[name] - tensor).abs().max() < 0.05, name
