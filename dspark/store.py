@@ -37,7 +37,7 @@ class Holding:
 
 
 @dataclass(frozen=True, slots=True)
-class Fence:
+class LeaseFence:
     """Goes with a write: whose it is, by the lease's name and the writer's token."""
 
     lease: str
@@ -48,7 +48,7 @@ class Store(Protocol):
     """Keys to bytes, with an optional time to live, and leases."""
 
     async def put(
-        self, key: str, value: bytes, ttl_s: float | None = None, fence: Fence | None = None
+        self, key: str, value: bytes, ttl_s: float | None = None, fence: LeaseFence | None = None
     ) -> None:
         """Set a value, replacing any; FencedError if a greater token of that lease was seen."""
 
@@ -88,7 +88,7 @@ class MemoryStore:
         self._tokens: dict[str, int] = {}  # of each lease, the greatest seen
 
     async def put(
-        self, key: str, value: bytes, ttl_s: float | None = None, fence: Fence | None = None
+        self, key: str, value: bytes, ttl_s: float | None = None, fence: LeaseFence | None = None
     ) -> None:
         """Set a value, replacing any; FencedError if a greater token of that lease was seen."""
         _check_size(key, value)
@@ -181,7 +181,7 @@ class RedisStore:
         self._failure = redis.RedisError
 
     async def put(
-        self, key: str, value: bytes, ttl_s: float | None = None, fence: Fence | None = None
+        self, key: str, value: bytes, ttl_s: float | None = None, fence: LeaseFence | None = None
     ) -> None:
         """Set a value, replacing any; FencedError if a greater token of that lease was seen."""
         _check_size(key, value)
@@ -276,7 +276,7 @@ def _check_size(key: str, value: bytes) -> None:
         raise ValueError(f"{key}: {len(value)} bytes, more than the {MAX_VALUE_BYTES} allowed")
 
 
-def _fenced(key: str, fence: Fence) -> FencedError:
+def _fenced(key: str, fence: LeaseFence) -> FencedError:
     return FencedError(
         f"{key} was not written: the lease {fence.lease!r} has had a holder since token "
         f"{fence.token}"

@@ -43,13 +43,8 @@ class Grid:
         Where steps are padded to sizes, all is measured at powers of two, which are sizes.
         """
         most, widest = max(2, max_requests), max(2, block_size + 1)
-        rows = {
-            1,
-            2,
-            3,
-            (widest + 1) // 2,
-            widest,
-        }  # kernels have steps of their own where B is small
+        # Kernels have steps of their own where B is small.
+        rows = {1, 2, 3, (widest + 1) // 2, widest}
         if target.padded is not None:
             most, widest = (1 << (n - 1).bit_length() for n in (most, widest))
             rows = {1, 2, widest // 2, widest}

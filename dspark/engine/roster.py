@@ -86,7 +86,10 @@ class Roster:
                 service=service,
                 waiting_since=now,
                 arrived_at=now,
-                due_at=now + (service.max_first_token_s or _PATIENCE_S),
+                # What another verifier began has been due for long.
+                due_at=-math.inf
+                if request.epoch
+                else now + (service.max_first_token_s or _PATIENCE_S),
             )
         )
 

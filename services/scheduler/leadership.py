@@ -18,7 +18,7 @@ from typing import Protocol
 from uuid import uuid4
 
 from dspark.errors import FencedError, NotLeaderError, UnavailableError
-from dspark.store import Fence, Holding, Store, least_token
+from dspark.store import Holding, LeaseFence, Store, least_token
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class LeaderStore:
     async def put(self, key: str, value: bytes, ttl_s: float) -> None:
         """Set a value; NotLeaderError if another leads, UnavailableError without the store."""
         try:
-            await self._store.put(key, value, ttl_s, Fence(LEASE, self._leadership.require()))
+            await self._store.put(key, value, ttl_s, LeaseFence(LEASE, self._leadership.require()))
         except FencedError as error:
             self._leadership.step_down()
             raise NotLeaderError(self._leadership.leader) from error
@@ -212,7 +212,9 @@ class LeaderStore:
 
         UnavailableError without the store; FencedError if a later leader was first.
         """
-        await self._store.put(_LEADER, self._leadership.address.encode(), None, Fence(LEASE, token))
+        await self._store.put(
+            _LEADER, self._leadership.address.encode(), None, LeaseFence(LEASE, token)
+        )
 
     async def list(self, prefix: str) -> dict[str, bytes]:
         """All values under a prefix."""

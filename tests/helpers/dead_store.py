@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dspark.errors import UnavailableError
-from dspark.store import Fence, Holding, MemoryStore
+from dspark.store import Holding, LeaseFence, MemoryStore
 
 
 class DeadStore(MemoryStore):
     async def put(
-        self, key: str, value: bytes, ttl_s: float | None = None, fence: Fence | None = None
+        self, key: str, value: bytes, ttl_s: float | None = None, fence: LeaseFence | None = None
     ) -> None:
         raise UnavailableError("scripted")
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dspark.errors import FencedError
-from dspark.store import Fence, Holding, MemoryStore, RedisStore, Store
+from dspark.store import Holding, LeaseFence, MemoryStore, RedisStore, Store
 
 LEASE = "l"
 TTL_S = 60.0  # in no example does it run out by itself
@@ -116,9 +116,9 @@ async def check(world: World, acts: list[Act]) -> None:
             key, value = f"k/{act.holder}", str(token).encode()
             if token < fence:
                 with pytest.raises(FencedError, match="not written"):
-                    await world.store.put(key, value, TTL_S, Fence(LEASE, token))
+                    await world.store.put(key, value, TTL_S, LeaseFence(LEASE, token))
             else:
-                await world.store.put(key, value, TTL_S, Fence(LEASE, token))
+                await world.store.put(key, value, TTL_S, LeaseFence(LEASE, token))
                 assert (await world.store.list("k/"))[key] == value
                 fence = token
         elif act.kind == "expire":
@@ -189,7 +189,7 @@ async def test_tokens_do_not_fall_back_with_a_redis_that_lost_everything(
 
 async def test_a_fenced_value_expires_as_any(server: RedisServer) -> None:
     store = RedisStore(server.url)
-    await store.put("k", b"1", TTL_S, Fence(LEASE, 1))
+    await store.put("k", b"1", TTL_S, LeaseFence(LEASE, 1))
     raw = redis.asyncio.Redis.from_url(server.url)
     assert 0 < await raw.pttl("dspark/k") <= TTL_S * 1000
     assert await raw.pttl(f"dspark/token/{LEASE}") == -1  # this one stays

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,6 +142,13 @@ def test_who_has_begun_goes_on_before_all_others() -> None:
     engine.roster.preempt(engine.roster.running["a"])
     engine.add(request("b", "prompt"))
     assert engine.step()[0].request_id == "a"
+
+
+def test_what_another_verifier_began_comes_before_newcomers() -> None:
+    engine = tiny_engine(TARGET, classes=CLASSES, max_requests=1)
+    engine.add(request("new", "prompt", tokens=4))
+    engine.add(replace(request("moved", tokens=4), epoch=1))
+    assert engine.step()[0].request_id == "moved"
 
 
 def test_a_prompt_that_is_soon_too_late_is_not_held_back() -> None:

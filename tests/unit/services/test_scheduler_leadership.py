@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dspark.errors import FencedError, NotLeaderError, UnavailableError
 from dspark.services.scheduler.leadership import LEASE, Leadership, LeaderStore, StoreElection
-from dspark.store import Fence, Holding, MemoryStore
+from dspark.store import Holding, LeaseFence, MemoryStore
 
 LEASE_S = 3.0
 
@@ -272,7 +272,7 @@ def test_a_leader_that_lost_the_race_to_read_does_not_lead() -> None:
         (one,) = world.schedulers
 
         async def overtaken(token: int) -> None:
-            await world.store.put("x", b"", None, Fence(LEASE, token + 1))
+            await world.store.put("x", b"", None, LeaseFence(LEASE, token + 1))
             await LeaderStore(world.store, one).take_over(token)
 
         with pytest.raises(FencedError):
