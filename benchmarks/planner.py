@@ -48,7 +48,7 @@ def main() -> None:
         def weighted(
             table: np.ndarray = table, weights: np.ndarray = weights, floors: np.ndarray = floors
         ) -> object:
-            held, _ = reserve(table, floors, weights)
+            held = reserve(table, floors, weights)
             return plan_lengths(table, step_ms, weights=weights, reserved=held)
 
         cells = [

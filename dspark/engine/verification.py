@@ -86,7 +86,7 @@ class Verification:
         reserved = None
         if wanted is not None:
             rank = np.ones(len(decoding)) if weights is None else weights
-            reserved, _ = reserve(survivals, wanted, rank, ceiling)
+            reserved = reserve(survivals, wanted, rank, ceiling)
         # Waiting is over when a step is planned; but a round that waited is worth more tokens.
         found = plan_lengths(
             survivals,

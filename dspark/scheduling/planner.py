@@ -149,18 +149,16 @@ def reserve(
     wanted: DoubleArray,  # [R] accepted draft tokens that a floor asks for; 0: it has none
     rank: DoubleArray,  # [R] whose floor goes first when there is too little: larger before smaller
     ceiling: int | None = None,
-) -> tuple[IntArray, DoubleArray]:
-    """Prefixes [R] that should bring `wanted`, and the part of it [R] that they do bring."""
+) -> IntArray:
+    """Prefixes [R] that should bring `wanted`, as far as they can."""
     present = np.maximum(survivals, 0.0)
-    so_far = np.cumsum(present, axis=1, dtype=np.float64)
-    needed = (survivals > ABSENT) & (so_far - present < wanted[:, None])
-    lengths = needed.sum(axis=1)
+    before = np.cumsum(present, axis=1, dtype=np.float64) - present
+    lengths: IntArray = np.count_nonzero((survivals > ABSENT) & (before < wanted[:, None]), axis=1)
     if ceiling is not None and lengths.sum() > ceiling:
         order = np.lexsort((np.arange(len(rank)), -rank))
-        before = np.cumsum(lengths[order]) - lengths[order]
-        lengths[order] = np.clip(ceiling - before, 0, lengths[order])
-    brought = np.take_along_axis(np.pad(so_far, ((0, 0), (1, 0))), lengths[:, None], axis=1)[:, 0]
-    return lengths, np.minimum(brought, wanted)
+        taken = np.cumsum(lengths[order]) - lengths[order]
+        lengths[order] = np.clip(ceiling - taken, 0, lengths[order])
+    return lengths
 
 
 def best_count(

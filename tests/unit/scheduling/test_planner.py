@@ -224,29 +224,24 @@ def test_floors_come_first(
 ) -> None:
     a, floors = survivals(rows), np.array(wanted[: len(rows)])
     rank = np.array(of_requests[: len(rows)])
-    held, brought = reserve(a, floors, rank, ceiling)
+    held = reserve(a, floors, rank, ceiling)
     found = plan_lengths(
         a, linear(slope), ceiling=ceiling, search=search, weights=rank, reserved=held
     )
     assert (np.array(found.lengths) >= held).all()
     total = sum(found.lengths)
     assert ceiling is None or total <= ceiling
-    whole = worth_of(a, sizes_of(a), np.ones(len(rows))) - len(rows)
-    for row, size, n, floor, part in zip(a, sizes_of(a), held, floors, brought, strict=True):
-        got = float(row[:n].sum())
-        assert part == pytest.approx(min(got, floor), abs=1e-5)
+    for row, size, n, floor in zip(a, sizes_of(a), held, floors, strict=True):
         if n:  # no longer than it must be
             assert float(row[: n - 1].sum()) < floor
         if ceiling is None and float(row[:size].sum()) > floor + 1e-5:
-            assert part == pytest.approx(floor, abs=1e-5)  # feasible, and so respected
-    assert brought.sum() <= whole + 1e-5
+            assert float(row[:n].sum()) >= floor - 1e-5  # feasible, and so respected
 
 
 def test_of_floors_that_cannot_all_be_met_the_higher_rank_goes_first() -> None:
     a = survivals([[0.9, 0.9, 0.9], [0.9, 0.9, 0.9], [0.9, 0.9, 0.9]])
-    held, brought = reserve(a, np.array([2.0, 2.0, 2.0]), np.array([1.0, 3.0, 2.0]), ceiling=5)
+    held = reserve(a, np.array([2.0, 2.0, 2.0]), np.array([1.0, 3.0, 2.0]), ceiling=5)
     assert held.tolist() == [0, 3, 2]
-    assert brought == pytest.approx([0.0, 2.0, 0.9 + 0.81])
 
 
 @given(some_confidences, st.lists(st.floats(0.0, 4.0), min_size=6, max_size=6), st.integers(0, 5))
@@ -259,8 +254,8 @@ def test_whether_a_position_is_held_is_known_before_its_token(
     other = a.copy()
     later = np.arange(a.shape[1]) > at
     other[:, later] = np.where(other[:, later] > ABSENT, 0.0, ABSENT)
-    for (one, _), (two, _) in [(reserve(a, floors, rank), reserve(other, floors, rank))]:
-        assert (np.minimum(one, at + 1) == np.minimum(two, at + 1)).all()
+    one, two = reserve(a, floors, rank), reserve(other, floors, rank)
+    assert (np.minimum(one, at + 1) == np.minimum(two, at + 1)).all()
 
 
 @pytest.mark.statistical
