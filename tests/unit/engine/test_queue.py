@@ -39,9 +39,10 @@ def finish(engine: VerifierEngine, tally: Tally) -> None:
 
 def test_who_waits_too_long_is_refused_and_who_has_begun_is_not(clock: Clock) -> None:
     engine, tally = tiny_engine(TARGET, max_requests=1, max_queue_s=30.0), Tally()
-    for one in (request("first"), request("late"), request("moved", epoch=1)):
-        engine.add(one)
+    engine.add(request("first"))
     tally.add(engine.step())
+    for one in (request("late"), request("moved", epoch=1)):
+        engine.add(one)
     clock.now += 20.0
     engine.add(request("young"))
     clock.now += 10.0
@@ -107,9 +108,10 @@ def test_the_retry_time_follows_queue_and_pace(clock: Clock) -> None:
 
 def test_dismissing_empties_the_queue_alone() -> None:
     engine, tally = tiny_engine(TARGET, max_requests=1), Tally()
-    for one in (request("runs"), request("waits"), request("moved", epoch=1)):
-        engine.add(one)
+    engine.add(request("runs"))
     tally.add(engine.step())
+    for one in (request("waits"), request("moved", epoch=1)):
+        engine.add(one)
     assert engine.dismiss() == ["waits", "moved"]
     finish(engine, tally)
     assert tally.tokens == run(tiny_engine(TARGET), [request("runs")]).tokens
