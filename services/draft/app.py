@@ -59,14 +59,14 @@ class DraftReplica:
         self._worker.start()
         host = ray.util.get_node_ip_address()
         self._server = ReplicaServer()
-        servicer = DraftServicer(
+        self._servicer = DraftServicer(
             self._worker,
             engine,
             incarnation=self._incarnation,
             drafter_fingerprint=weights,
             max_streams=config.draft.max_streams,
         )
-        draft_pb2_grpc.add_DraftServicer_to_server(servicer, self._server.server)
+        draft_pb2_grpc.add_DraftServicer_to_server(self._servicer, self._server.server)
         descriptor = draft_pb2.DESCRIPTOR.services_by_name["Draft"]
         port = await self._server.start(host, 0, [descriptor])
         self._address = f"{host}:{port}"
@@ -104,6 +104,7 @@ class DraftReplica:
         """Leave the pool, close streams, stop."""
         await self._lease.drain()
         await self._server.stop(_DRAIN_S)
+        await self._servicer.ended()
         await self._lease.stop()
         await asyncio.to_thread(self._worker.stop)
 

@@ -62,6 +62,12 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
         self._max_streams = max_streams
         self._clients = itertools.count()
         self._open = 0
+        self._quiet = asyncio.Event()  # while no stream is open
+        self._quiet.set()
+
+    async def ended(self) -> None:
+        """Wait until no stream is open: a stopped server returns before its streams' last words."""
+        await self._quiet.wait()
 
     async def Connect(  # noqa: N802 - the name is the contract's
         self,
@@ -75,6 +81,7 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
             await abort(context, error)
         stream = _Stream(next(self._clients), weight)
         self._open += 1
+        self._quiet.clear()
         writer = asyncio.create_task(self._write(context, stream.outgoing))
         try:
             async for message in request_iterator:
@@ -85,9 +92,11 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
         except ProtocolError as error:
             await abort(context, error)
         finally:
-            self._open -= 1
-            writer.cancel()
             self._worker.free(stream.client, None)
+            writer.cancel()
+            self._open -= 1
+            if not self._open:
+                self._quiet.set()
 
     def _greet(self, first: pb.ConnectRequest | None) -> int:
         """The verifier's weight; ProtocolError or OverloadedError if it cannot be served."""

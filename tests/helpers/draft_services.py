@@ -45,6 +45,8 @@ async def serving(servicer: Any, port: int = 0) -> AsyncIterator[str]:
     port = await server.start("127.0.0.1", port, [pb.DESCRIPTOR.services_by_name["Draft"]])
     yield f"127.0.0.1:{port}"
     await server.stop(0)
+    if isinstance(servicer, DraftServicer):
+        await servicer.ended()
 
 
 @asynccontextmanager
