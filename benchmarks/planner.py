@@ -42,21 +42,23 @@ def main() -> None:
         weights = rng.choice([0.5, 1.0, 2.0], requests)
         floors = np.where(rng.random(requests) < 0.3, 1.5, 0.0)
 
-        def step_ms(tokens: np.ndarray, requests: int = requests) -> np.ndarray:
-            return times.times_ms(requests, tokens)
+        def rounds_ms(least: int, most: int, requests: int = requests) -> np.ndarray:
+            return times.times_ms(requests, np.arange(least, most + 1.0))
 
         def weighted(
             table: np.ndarray = table, weights: np.ndarray = weights, floors: np.ndarray = floors
         ) -> object:
             held = reserve(table, floors, weights)
-            return plan_lengths(table, step_ms, weights=weights, reserved=held)
+            return plan_lengths(table, rounds_ms, weights=weights, reserved=held)
 
         cells = [
             least_us(lambda b=blocks, t=temperatures: survival_table(b, t)),
-            least_us(lambda t=table: plan_lengths(t, step_ms)),
-            least_us(lambda t=table: plan_lengths(t, step_ms, search="global")),
+            least_us(lambda t=table: plan_lengths(t, rounds_ms)),
+            least_us(lambda t=table: plan_lengths(t, rounds_ms, search="global")),
             least_us(
-                lambda t=table, n=3 * requests: plan_lengths(t, step_ms, ceiling=n, search="ranked")
+                lambda t=table, n=3 * requests: plan_lengths(
+                    t, rounds_ms, ceiling=n, search="ranked"
+                )
             ),
             least_us(weighted),
         ]

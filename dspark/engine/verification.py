@@ -90,7 +90,9 @@ class Verification:
         # Waiting is over when a step is planned; but a round that waited is worth more tokens.
         found = plan_lengths(
             survivals,
-            lambda tokens: judge.times.round_ms(len(decoding), tokens, size, waits=alone),
+            lambda least, most: judge.times.rounds_ms(
+                len(decoding), least, most, size, waits=alone
+            ),
             extra_tokens=prefill,
             ceiling=ceiling,
             search=search,

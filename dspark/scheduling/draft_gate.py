@@ -31,9 +31,9 @@ from dspark.types import DoubleArray, FloatArray
 
 _BLOCKS = 128  # remembered
 _EVERY = 32  # rounds between estimates
-_EXPLORE = 64  # rounds between those that are run to learn of other lengths
-_EXPLORE_NONE = 64  # and between those without drafts, where drafting hardly pays
-_HARDLY = 0.25  # gained; who gains more asks less often whether it does
+_EXPLORE = 64  # rounds at least between those that are run to learn of other lengths, or of none
+_EXPLORE_SHARE = 0.003  # of the time, spent on each of the two at most
+_NONE_ROUNDS = 4  # without drafts in a row: the first is not like others
 _PROBE_ROUNDS = 3  # in a row, so that what only the first of them suffers from does not count
 _PROBE_WIDTH = 4  # requests that a probe drafts for where it cannot be close
 _CLOSE_CALL = 0.9  # gain; what is below is not put down to a mistake about times
@@ -74,13 +74,14 @@ class DraftGate:
         self._promised = self._accepted = _PRIOR  # of draft tokens that were verified
         self._size = 0  # that pays best; 0: none pays
         self._best = 0  # that loses least
-        self._gain = 1.0  # with that
+        self._gains: dict[int, float] = {}  # by lengths, of the last estimate
         self._requests = 0  # of the last estimate
         self._rounds = 0  # since the start
         self._age = 0  # rounds since the last estimate
         self._capacity = 0  # that was found last
         self._capacity_of, self._capacity_at = (0, 0, 0), 0  # for what, and in which round
-        self._since_none = 0  # rounds since some were run without drafts to learn
+        self._since_none = self._since_other = 0  # rounds since some were run to learn
+        self._turn = 0  # which length is the next to learn of
         self._closed: defaultdict[int, _Closed] = defaultdict(_Closed)  # by load
         self.width: int | None = None  # requests that the next blocks are for; None: all
 
@@ -124,6 +125,11 @@ class DraftGate:
     def _known(self) -> bool:
         """Whether there is anything to judge by."""
         return bool(len(self._blocks) or self._latest) and self._times.drafting_known
+
+    @property
+    def _gain(self) -> float:
+        """With the length that loses least."""
+        return self._gains.get(self._best, 1.0)
 
     @property
     def usual_size(self) -> int:
@@ -197,24 +203,29 @@ class DraftGate:
 
     def _another(self, most: int) -> int:
         """While open: the best length but for rounds that are run to learn."""
+        best, gain = min(self._size, most), max(self._gain, _LEAST_GAIN)
         self._since_none += 1
-        apart = _EXPLORE_NONE * max(1.0, (self._gain - 1.0) / _HARDLY)
-        if self._since_none > apart:
-            if self._since_none > apart + 1:  # two in a row: the first is not like others
+        self._since_other += 1
+        none_from = _apart(_NONE_ROUNDS * (1.0 - 1.0 / gain))
+        if self._since_none > none_from:
+            if self._since_none >= none_from + _NONE_ROUNDS:
                 self._since_none = 0
             return 0
-        if self._rounds % _EXPLORE:
-            return min(self._size, most)
-        turn, sizes = self._rounds // _EXPLORE, _sizes(most)
+        sizes = _sizes(most)
         # Only whole blocks say what later positions are worth.
-        return most if turn % 2 else sizes[turn // 2 % len(sizes)]
+        other = sizes[self._turn // 2 % len(sizes)] if self._turn % 2 else most
+        if self._since_other <= _apart(1.0 - self._gains.get(other, gain) / gain):
+            return best
+        self._since_other = 0
+        self._turn += 1
+        return other
 
     def _estimate(self, requests: int, most: int, latency_ms: float, search: Search) -> None:
         gains = {size: self.gain(requests, size, latency_ms, search) for size in _sizes(most)}
         best = max(gains, key=lambda size: gains[size])
         if gains.get(self._size, 0.0) * _BETTER > gains[best]:
             best = self._size
-        self._best, self._gain = best, gains[best]
+        self._best, self._gains = best, gains
         self._size = best if gains[best] > (_CLOSE_BELOW if self._size else _LEAST_GAIN) else 0
 
     def gain(
@@ -267,6 +278,11 @@ class DraftGate:
         accepted = np.concatenate([[0.0], np.cumsum(survivals)]) / len(blocks)
         committed = requests * (1.0 + accepted * (self._accepted / self._promised))
         return tokens, committed, self._times.round_ms(requests, tokens, size)
+
+
+def _apart(cost: float) -> int:
+    """Rounds between those that are run to learn, if they lose so many."""
+    return max(_EXPLORE, round(cost / _EXPLORE_SHARE))
 
 
 def _sizes(most: int) -> list[int]:

@@ -33,7 +33,8 @@ from dspark.scheduling.survival import ABSENT, FEW
 from dspark.types import DoubleArray, FloatArray, IntArray
 
 Search = Literal["causal", "ranked", "global"]
-StepMs = Callable[[DoubleArray], DoubleArray]  # T(B): rounds with so many target tokens
+# T(B) of rounds with the first, …, the second number of target tokens.
+RoundsMs = Callable[[int, int], DoubleArray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Plan:
 
 def plan_lengths(
     survivals: FloatArray,  # [R, γ], never increasing along a row; ABSENT past a block's end
-    step_ms: StepMs,
+    rounds_ms: RoundsMs,
     *,
     extra_tokens: int = 0,  # other target tokens in the same step, such as prefill
     ceiling: int | None = None,  # on draft tokens, known from an earlier step
@@ -67,7 +68,7 @@ def plan_lengths(
 ) -> Plan:
     """ℓ_r for each request. Equal inputs give equal plans; ties go by position, then request."""
     requests, width = survivals.shape
-    ask = _Ask(step_ms, requests + extra_tokens, ceiling, search)
+    ask = _Ask(rounds_ms, requests + extra_tokens, ceiling, search)
     if survivals.size <= FEW:
         return _plan_few(survivals, ask, weights, reserved)
     keys = survivals if weights is None else survivals * weights[:, None].astype(np.float32)
@@ -92,7 +93,7 @@ def plan_lengths(
 class _Ask:
     """What is asked of a search, but for the draft tokens themselves."""
 
-    step_ms: StepMs
+    rounds_ms: RoundsMs
     base: int  # target tokens without any draft token
     ceiling: int | None
     search: Search
@@ -106,15 +107,30 @@ class _Ask:
         """How many of the others are admitted, and how long the round should take."""
         base = self.base + held
         if self.search == "ranked":
-            times = self.step_ms(np.array([base + len(values)], dtype=np.float64))
-            return len(values), float(times[0])
-        times = self.step_ms(base + np.arange(len(values) + 1, dtype=np.float64))
+            return len(values), float(self.rounds_ms(base + len(values), base + len(values))[0])
+        times = self.rounds_ms(base, base + len(values))
         worths = np.empty(len(values) + 1)
         worths[0] = worth
         np.cumsum(values, out=worths[1:], dtype=np.float64)
         worths[1:] += worth
         admitted = best_count(worths / times, self.search)
         return admitted, float(times[admitted])
+
+    def admit_few(self, held: int, worth: float, values: list[float]) -> tuple[int, float]:
+        """The same, without numpy."""
+        base = self.base + held
+        if self.search == "ranked":
+            return len(values), float(self.rounds_ms(base + len(values), base + len(values))[0])
+        times = self.rounds_ms(base, base + len(values)).tolist()
+        admitted, highest, gained = 0, worth / times[0], 0.0
+        for count, value in enumerate(values, 1):
+            gained += value
+            throughput = (worth + gained) / times[count]
+            if throughput > highest:
+                admitted, highest = count, throughput
+            elif self.search == "causal":
+                break
+        return admitted, times[admitted]
 
 
 def _plan_few(
@@ -136,8 +152,7 @@ def _plan_few(
     held = sum(lengths)
     if ask.ceiling is not None:
         del others[max(0, ask.ceiling - held) :]
-    values = np.array([-key for key, _, _ in others])
-    admitted, round_ms = ask.admit(held, worth, values)
+    admitted, round_ms = ask.admit_few(held, worth, [-key for key, _, _ in others])
     for _, _, r in others[:admitted]:
         lengths[r] += 1
     promised = [sum(row[:n]) for row, n in zip(rows, lengths, strict=True)]

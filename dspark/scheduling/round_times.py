@@ -22,6 +22,7 @@ small steps take more than one large step.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from dspark.types import DoubleArray
 _MEMORY = 15  # rounds that a median is over
 _SPEED_MEMORY = 5  # steps; a change of speed must be known before the other medians follow it
 _NEAR = 8  # steps within which kinds meet
-_FEW = 16  # counts of tokens, up to which numpy costs more than it saves
+_KNOWN = 8  # rounds that times may be old, where they are asked for each round
 _GRAIN = 32.0  # tokens of context, by which it must change to make a difference
 _FIXED_SHARE = 0.5  # of drafting, that a shorter block is not expected to save
 _LEAST = 3  # rounds that make a measurement: one may be an outlier, the first often is
@@ -50,33 +51,34 @@ def load_of(requests: int) -> int:
 class _Recent:
     """The latest values of something, and their median."""
 
-    __slots__ = ("_values", "usual")
+    __slots__ = ("_rising", "_values", "usual")
 
     def __init__(self) -> None:
-        self._values: deque[float] = deque(maxlen=_MEMORY)
+        self._values: deque[float] = deque()
+        self._rising: list[float] = []  # the same
         self.usual: float | None = None
 
     def __len__(self) -> int:
         return len(self._values)
 
-    def add(self, value: float) -> None:
+    def add(self, value: float) -> bool:
+        """Whether the median is another now."""
+        before, rising = self.usual, self._rising
+        if len(self._values) == _MEMORY:
+            del rising[bisect_left(rising, self._values.popleft())]
         self._values.append(value)
-        self.usual = median(self._values)
+        insort(rising, value)
+        half = len(rising) // 2
+        self.usual = rising[half] if len(rising) % 2 else 0.5 * (rising[half - 1] + rising[half])
+        return self.usual != before
 
 
 class _Step(NamedTuple):
     requests: int
+    load: int
     rows: float  # a request
+    wide: bool  # with drafts
     ratio: float  # measured / table
-
-    @property
-    def load(self) -> int:
-        return load_of(self.requests)
-
-    @property
-    def wide(self) -> bool:
-        """With drafts."""
-        return self.rows > 1.0
 
 
 class _Correction(NamedTuple):
@@ -148,11 +150,15 @@ class RoundTimes:
         self._slow = 1.0  # steps of late over what is usual
         self._drafted, self._in_a_row = False, 0  # the last rounds
         self._corrections: dict[int, _Correction] = {}  # by requests, as far as known
+        # By requests, block size, and whether blocks are waited for; from `requests` tokens on.
+        self._known_rounds: dict[tuple[int, int, bool], DoubleArray] = {}
+        self._age = 0  # of the oldest of them, in rounds
 
     def set_context(self, tokens: float) -> None:
         """Requests have so many committed tokens each, on the average."""
         if abs(tokens - self._context) >= _GRAIN:
             self._context, self._now = tokens, self.table.at(tokens)
+            self._known_rounds.clear()
 
     def record(
         self,
@@ -170,6 +176,10 @@ class RoundTimes:
 
         The first after a change between drafting and none is left out, since it pays for that.
         """
+        self._age += 1
+        if self._age >= _KNOWN:
+            self._age = 0
+            self._known_rounds.clear()
         if bool(drafted) != self._drafted:
             settled, self._drafted, self._in_a_row = self._in_a_row > 1, bool(drafted), 1
             if settled:
@@ -185,9 +195,9 @@ class RoundTimes:
             load.wait_ms.add(waited_ms / self._slow)
 
     def _take_in(self, load: _Load, requests: int, tokens: int, step_ms: float) -> None:
-        step = _Step(requests, tokens / requests, step_ms / self._now.ms(requests, tokens))
-        if step.wide:
-            load.wide_rows.add(step.rows)
+        rows, ratio = tokens / requests, step_ms / self._now.ms(requests, tokens)
+        step = _Step(requests, load_of(requests), rows, rows > 1.0, ratio)
+        if step.wide and load.wide_rows.add(step.rows):
             self._corrections.clear()
         self._compare(step, load)
         self._steps.append(step)
@@ -223,13 +233,22 @@ class RoundTimes:
     ) -> DoubleArray:
         """Rounds with blocks of `size`, by the target tokens in their step."""
         correction, rows = self._correction(requests), tokens / max(1, requests)
-        if len(tokens) <= _FEW:
-            alone = zip(tokens.tolist(), rows.tolist(), strict=True)
-            steps = [self._now.ms(requests, t) * correction.at(r) for t, r in alone]
-            steps_ms: DoubleArray = np.array(steps)
-        else:
-            steps_ms = self._now.times_ms(requests, tokens) * correction.line(rows)
+        steps_ms = self._now.times_ms(requests, tokens) * correction.line(rows)
         return steps_ms * self._slow + self.draft_ms(requests, size, waits=waits)
+
+    def rounds_ms(
+        self, requests: int, least: int, most: int, size: int, *, waits: bool = True
+    ) -> DoubleArray:  # [1 + most - least], read only
+        """The same of `least`, …, `most` target tokens, by what was known a few rounds ago.
+
+        For those who ask each round: little changes from one to the next.
+        """
+        kind = requests, size, waits
+        known = self._known_rounds.get(kind)
+        if known is None or len(known) <= most - requests:
+            tokens = requests + np.arange(1 << (most - requests + 1).bit_length(), dtype=np.float64)
+            known = self._known_rounds[kind] = self.round_ms(requests, tokens, size, waits=waits)
+        return known[least - requests : 1 + most - requests]
 
     def overlapped_ms(self, requests: int, tokens: float, size: int, latency_ms: float) -> float:
         """A round with drafting as two halves; blocks come `latency_ms` after they are asked for.

@@ -74,7 +74,7 @@ def test_its_throughput_is_within_a_percent_of_the_best_capacity(requests: int) 
         for step, ceiling in zip(steps[100:], of_step, strict=True):
             plan = plan_lengths(
                 step,
-                lambda tokens: times.round_ms(requests, tokens, GAMMA),
+                lambda least, most: times.rounds_ms(requests, least, most, GAMMA),
                 ceiling=ceiling,
                 search="ranked",
             )

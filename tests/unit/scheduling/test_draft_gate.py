@@ -315,6 +315,17 @@ def test_slow_blocks_pay_when_others_are_stepped_meanwhile() -> None:
     assert times.merging_saves_ms((4, 8), (4, 8)) == pytest.approx(1.0, rel=0.1)
 
 
+def test_rounds_asked_for_in_a_row_are_those_asked_for_alone() -> None:
+    verifier = Verifier(draft_ms=4.0)
+    verifier.rounds(np.array([0.9, 0.7, 0.5, 0.2], dtype=np.float32), 100)
+    times = verifier.times
+    times.set_context(10_000.0)  # nothing is kept from before
+    for least, most in ((2, 4), (1, 40), (7, 7)):
+        tokens = np.arange(least, most + 1.0)
+        expected = times.round_ms(1, tokens, MOST)
+        assert times.rounds_ms(1, least, most, MOST) == pytest.approx(expected)
+
+
 def test_an_open_gate_goes_on_measuring_rounds_without_drafts() -> None:
     """Rounds without drafts were slow when it opened; that they are fast now must be noticed."""
     fair = np.array([0.3, 0.1, 0.05, 0.02], dtype=np.float32)

@@ -15,9 +15,10 @@ from dspark.decoding.acceptance import Drafts
 from dspark.decoding.noise import Stream, draw_key, key_tensor, uniform
 from dspark.scheduling import planner
 from dspark.scheduling import survival as survival_module
-from dspark.scheduling.planner import Search, plan_lengths, reserve
+from dspark.scheduling.planner import RoundsMs, Search, plan_lengths, reserve
 from dspark.scheduling.survival import ABSENT, survival, survival_table
 from dspark.types import DoubleArray, FloatArray
+from tests.helpers.tables import by_count
 from tests.helpers.verdicts import verify_rejection
 
 # Few values, so that ties are common.
@@ -34,8 +35,8 @@ def survivals(rows: list[list[float]]) -> FloatArray:
     return survival_table([np.array(row, dtype=np.float32) for row in rows])
 
 
-def linear(slope: float, start: float = 10.0) -> object:
-    return lambda tokens: start + slope * tokens
+def linear(slope: float, start: float = 10.0) -> RoundsMs:
+    return by_count(lambda tokens: start + slope * tokens)
 
 
 def sizes_of(a: FloatArray) -> list[int]:
@@ -166,6 +167,7 @@ def test_what_is_likelier_is_never_ranked_lower(
     assert after.lengths[which] >= before.lengths[which]
 
 
+@by_count
 def flat(tokens: DoubleArray) -> DoubleArray:
     return np.full(len(tokens), 10.0)
 
@@ -192,6 +194,7 @@ def test_ties_go_by_position_then_by_request() -> None:
 
 
 def test_prompt_tokens_in_the_step_are_paid_for() -> None:
+    @by_count
     def knee(tokens: DoubleArray) -> DoubleArray:
         return np.where(tokens <= 8, 10.0, 10.0 * tokens)
 
@@ -273,7 +276,7 @@ def test_appendix_a(search: Search, expected: float) -> None:
 
     def verified(first: int) -> int:
         a = survivals([[0.8, 1.0 if first == 0 else 0.0]])
-        found = plan_lengths(a, lambda tokens: step_ms[tokens.astype(int)], search=search)
+        found = plan_lengths(a, lambda least, most: step_ms[least : most + 1], search=search)
         return min(found.lengths[0], 1)  # only the first token emitted is looked at
 
     def draws(stream: Stream) -> torch.Tensor:
@@ -309,13 +312,13 @@ def test_a_global_search_finds_the_best_of_all_prefixes(
     a, weights = survivals(rows), np.array(of_requests[: len(rows)])
     times = 10.0 + np.cumsum(steps)  # as jagged as may be
 
-    def step_ms(tokens: DoubleArray) -> DoubleArray:
-        return times[tokens.astype(int) - 1]
+    def rounds_ms(least: int, most: int) -> DoubleArray:
+        return times[least - 1 : most]
 
     def throughput(lengths: list[int] | tuple[int, ...]) -> float:
         return worth_of(a, lengths, weights) / float(times[len(a) + sum(lengths) - 1])
 
-    found = plan_lengths(a, step_ms, search="global", weights=weights)
+    found = plan_lengths(a, rounds_ms, search="global", weights=weights)
     best = max(map(throughput, itertools.product(*(range(n + 1) for n in sizes_of(a)))))
     assert throughput(found.lengths) == pytest.approx(best, rel=1e-5)
 
@@ -331,8 +334,8 @@ def test_algorithm_1_finds_it_too_where_more_tokens_cost_ever_more(
     a = survivals(rows)
     times = start + np.cumsum(np.sort(steps))  # convex, so that Θ has one top
 
-    def step_ms(tokens: DoubleArray) -> DoubleArray:
-        return times[tokens.astype(int) - 1]
+    def rounds_ms(least: int, most: int) -> DoubleArray:
+        return times[least - 1 : most]
 
-    found, best = (plan_lengths(a, step_ms, search=search) for search in ("causal", "global"))
+    found, best = (plan_lengths(a, rounds_ms, search=search) for search in ("causal", "global"))
     assert found.throughput == pytest.approx(best.throughput, rel=1e-5)
