@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.laws import next_law
 from helpers.tables import flat_table
 from helpers.tiny import (
     ScriptedLink,
@@ -25,7 +26,6 @@ from helpers.tiny import (
     tiny_target,
 )
 from scipy import stats
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from dspark.config import ServiceClass
 from dspark.decoding import drawing
@@ -117,11 +117,7 @@ def exact_law(sampling: SamplingParams, depth: int, prompt: tuple[int, ...]) -> 
     for d in range(depth):
         prefixes = list(product(range(VOCAB), repeat=d))
         batch = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
-        with torch.inference_mode():
-            scores = TemperatureLogitsWarper(sampling.temperature)(None, model(batch).logits[:, -1])
-        if sampling.top_p < 1.0:
-            scores = TopPLogitsWarper(sampling.top_p)(None, scores)
-        step = torch.softmax(scores.double(), -1)
+        step = next_law(model, batch, sampling)[:, -1]
         law = law[..., None] * step.view(*[VOCAB] * (d + 1))
     return law
 
