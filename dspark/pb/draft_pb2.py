@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from dspark.pb import common_pb2 as dspark_dot_pb_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x64spark/pb/draft.proto\x12\tdspark.v1\x1a\x16\x64spark/pb/common.proto\"M\n\x05\x46\x65nce\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05round\x18\x03 \x01(\r\x12\x15\n\rcommitted_len\x18\x04 \x01(\r\"\x8d\x01\n\x0e\x43onnectRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.dspark.v1.HelloH\x00\x12$\n\x04work\x18\x02 \x01(\x0b\x32\x14.dspark.v1.WorkBatchH\x00\x12\'\n\x04\x66ree\x18\x03 \x01(\x0b\x32\x17.dspark.v1.FreeSessionsH\x00\x42\t\n\x07message\"`\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08verifier\x18\x02 \x01(\t\x12\x1b\n\x13\x64rafter_fingerprint\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\r\"B\n\tWorkBatch\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12#\n\x05works\x18\x02 \x03(\x0b\x32\x14.dspark.v1.DraftWork\"\xbc\x01\n\tDraftWork\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.dspark.v1.Fence\x12\x15\n\rfeature_start\x18\x02 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0c\x12\x17\n\x0f\x61nchor_token_id\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12%\n\x08sampling\x18\x06 \x01(\x0b\x32\x13.dspark.v1.Sampling\x12\x11\n\ttoken_ids\x18\x07 \x03(\r\" \n\x0c\x46reeSessions\x12\x10\n\x08sessions\x18\x01 \x03(\t\"k\n\x0f\x43onnectResponse\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x12.dspark.v1.WelcomeH\x00\x12&\n\x05reply\x18\x02 \x01(\x0b\x32\x15.dspark.v1.ReplyBatchH\x00\x42\t\n\x07message\"=\n\x07Welcome\x12\r\n\x05\x64raft\x18\x01 \x01(\t\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x0f\n\x07\x63redits\x18\x03 \x01(\r\"v\n\nReplyBatch\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12+\n\tproposals\x18\x02 \x03(\x0b\x32\x18.dspark.v1.BlockProposal\x12)\n\x07resyncs\x18\x03 \x03(\x0b\x32\x18.dspark.v1.ResyncRequest\"\x9c\x01\n\rBlockProposal\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.dspark.v1.Fence\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x63onfidences\x18\x03 \x03(\x02\x12\x12\n\ncandidates\x18\x04 \x01(\r\x12\x15\n\rcandidate_ids\x18\x05 \x01(\x0c\x12\x17\n\x0f\x63\x61ndidate_probs\x18\x06 \x01(\x0c\"A\n\rResyncRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x10\n\x08have_len\x18\x03 \x01(\r2M\n\x05\x44raft\x12\x44\n\x07\x43onnect\x12\x19.dspark.v1.ConnectRequest\x1a\x1a.dspark.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x64spark/pb/draft.proto\x12\tdspark.v1\x1a\x16\x64spark/pb/common.proto\"M\n\x05\x46\x65nce\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05round\x18\x03 \x01(\r\x12\x15\n\rcommitted_len\x18\x04 \x01(\r\"\x8d\x01\n\x0e\x43onnectRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.dspark.v1.HelloH\x00\x12$\n\x04work\x18\x02 \x01(\x0b\x32\x14.dspark.v1.WorkBatchH\x00\x12\'\n\x04\x66ree\x18\x03 \x01(\x0b\x32\x17.dspark.v1.FreeSessionsH\x00\x42\t\n\x07message\"^\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08verifier\x18\x02 \x01(\t\x12\x1b\n\x13\x64rafter_fingerprint\x18\x03 \x01(\tJ\x04\x08\x04\x10\x05R\x06weight\"B\n\tWorkBatch\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12#\n\x05works\x18\x02 \x03(\x0b\x32\x14.dspark.v1.DraftWork\"\xbc\x01\n\tDraftWork\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.dspark.v1.Fence\x12\x15\n\rfeature_start\x18\x02 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0c\x12\x17\n\x0f\x61nchor_token_id\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12%\n\x08sampling\x18\x06 \x01(\x0b\x32\x13.dspark.v1.Sampling\x12\x11\n\ttoken_ids\x18\x07 \x03(\r\" \n\x0c\x46reeSessions\x12\x10\n\x08sessions\x18\x01 \x03(\t\"k\n\x0f\x43onnectResponse\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x12.dspark.v1.WelcomeH\x00\x12&\n\x05reply\x18\x02 \x01(\x0b\x32\x15.dspark.v1.ReplyBatchH\x00\x42\t\n\x07message\"=\n\x07Welcome\x12\r\n\x05\x64raft\x18\x01 \x01(\t\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x0f\n\x07\x63redits\x18\x03 \x01(\r\"v\n\nReplyBatch\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12+\n\tproposals\x18\x02 \x03(\x0b\x32\x18.dspark.v1.BlockProposal\x12)\n\x07resyncs\x18\x03 \x03(\x0b\x32\x18.dspark.v1.ResyncRequest\"\x9c\x01\n\rBlockProposal\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.dspark.v1.Fence\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x63onfidences\x18\x03 \x03(\x02\x12\x12\n\ncandidates\x18\x04 \x01(\r\x12\x15\n\rcandidate_ids\x18\x05 \x01(\x0c\x12\x17\n\x0f\x63\x61ndidate_probs\x18\x06 \x01(\x0c\"A\n\rResyncRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x10\n\x08have_len\x18\x03 \x01(\r2M\n\x05\x44raft\x12\x44\n\x07\x43onnect\x12\x19.dspark.v1.ConnectRequest\x1a\x1a.dspark.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,23 +37,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONNECTREQUEST']._serialized_start=140
   _globals['_CONNECTREQUEST']._serialized_end=281
   _globals['_HELLO']._serialized_start=283
-  _globals['_HELLO']._serialized_end=379
-  _globals['_WORKBATCH']._serialized_start=381
-  _globals['_WORKBATCH']._serialized_end=447
-  _globals['_DRAFTWORK']._serialized_start=450
-  _globals['_DRAFTWORK']._serialized_end=638
-  _globals['_FREESESSIONS']._serialized_start=640
-  _globals['_FREESESSIONS']._serialized_end=672
-  _globals['_CONNECTRESPONSE']._serialized_start=674
-  _globals['_CONNECTRESPONSE']._serialized_end=781
-  _globals['_WELCOME']._serialized_start=783
-  _globals['_WELCOME']._serialized_end=844
-  _globals['_REPLYBATCH']._serialized_start=846
-  _globals['_REPLYBATCH']._serialized_end=964
-  _globals['_BLOCKPROPOSAL']._serialized_start=967
-  _globals['_BLOCKPROPOSAL']._serialized_end=1123
-  _globals['_RESYNCREQUEST']._serialized_start=1125
-  _globals['_RESYNCREQUEST']._serialized_end=1190
-  _globals['_DRAFT']._serialized_start=1192
-  _globals['_DRAFT']._serialized_end=1269
+  _globals['_HELLO']._serialized_end=377
+  _globals['_WORKBATCH']._serialized_start=379
+  _globals['_WORKBATCH']._serialized_end=445
+  _globals['_DRAFTWORK']._serialized_start=448
+  _globals['_DRAFTWORK']._serialized_end=636
+  _globals['_FREESESSIONS']._serialized_start=638
+  _globals['_FREESESSIONS']._serialized_end=670
+  _globals['_CONNECTRESPONSE']._serialized_start=672
+  _globals['_CONNECTRESPONSE']._serialized_end=779
+  _globals['_WELCOME']._serialized_start=781
+  _globals['_WELCOME']._serialized_end=842
+  _globals['_REPLYBATCH']._serialized_start=844
+  _globals['_REPLYBATCH']._serialized_end=962
+  _globals['_BLOCKPROPOSAL']._serialized_start=965
+  _globals['_BLOCKPROPOSAL']._serialized_end=1121
+  _globals['_RESYNCREQUEST']._serialized_start=1123
+  _globals['_RESYNCREQUEST']._serialized_end=1188
+  _globals['_DRAFT']._serialized_start=1190
+  _globals['_DRAFT']._serialized_end=1267
 # @@protoc_insertion_point(module_scope)

@@ -30,16 +30,14 @@ class ConnectRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., work: _Optional[_Union[WorkBatch, _Mapping]] = ..., free: _Optional[_Union[FreeSessions, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "verifier", "drafter_fingerprint", "weight")
+    __slots__ = ("protocol_version", "verifier", "drafter_fingerprint")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     VERIFIER_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
-    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     verifier: str
     drafter_fingerprint: str
-    weight: int
-    def __init__(self, protocol_version: _Optional[int] = ..., verifier: _Optional[str] = ..., drafter_fingerprint: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., verifier: _Optional[str] = ..., drafter_fingerprint: _Optional[str] = ...) -> None: ...
 
 class WorkBatch(_message.Message):
     __slots__ = ("sequence", "works")

@@ -24,7 +24,6 @@ from dspark.wire.drafts import proposal_to_pb, resync_to_pb, work_from_pb
 log = logging.getLogger(__name__)
 
 CREDITS = 4
-MAX_WEIGHT = 16
 
 
 @dataclass(slots=True, eq=False)
@@ -32,7 +31,6 @@ class _Stream:
     """One verifier's."""
 
     client: int
-    weight: int
     unanswered: int = 0  # batches
     outgoing: asyncio.Queue[pb.ReplyBatch] = field(default_factory=asyncio.Queue)
 
@@ -76,10 +74,10 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
     ) -> None:
         """Serve one verifier until its stream ends; then forget its sessions."""
         try:
-            weight = self._greet(await anext(request_iterator, None))
+            self._greet(await anext(request_iterator, None))
         except (ProtocolError, OverloadedError) as error:
             await abort(context, error)
-        stream = _Stream(next(self._clients), weight)
+        stream = _Stream(next(self._clients))
         self._open += 1
         self._quiet.clear()
         writer = asyncio.create_task(self._write(context, stream.outgoing))
@@ -98,8 +96,8 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
             if not self._open:
                 self._quiet.set()
 
-    def _greet(self, first: pb.ConnectRequest | None) -> int:
-        """The verifier's weight; ProtocolError or OverloadedError if it cannot be served."""
+    def _greet(self, first: pb.ConnectRequest | None) -> None:
+        """ProtocolError or OverloadedError if the verifier cannot be served."""
         if first is None or not first.HasField("hello"):
             raise ProtocolError("the first message of a stream must be a hello")
         hello = first.hello
@@ -113,12 +111,9 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
                 f"this draft service hosts drafter {self._fingerprint}, the verifier is set up "
                 f"for {hello.drafter_fingerprint}: give both the same checkpoint"
             )
-        if hello.weight > MAX_WEIGHT:
-            raise ProtocolError(f"weight must be at most {MAX_WEIGHT}; got {hello.weight}")
         if self._open >= self._max_streams:
             raise OverloadedError(f"{self._open} verifiers are connected, the most allowed")
         log.info("verifier %s connected", hello.verifier)
-        return max(1, hello.weight)
 
     async def _write(
         self, context: grpc.aio.ServicerContext, outgoing: asyncio.Queue[pb.ReplyBatch]
@@ -151,4 +146,4 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
             )
             loop.call_soon_threadsafe(stream.answer, reply)
 
-        self._worker.submit(stream.client, works, answer, stream.weight)
+        self._worker.submit(stream.client, works, answer)

@@ -83,15 +83,10 @@ class DraftWorker:
             self._wake.notify()
         self._thread.join()
 
-    def submit(
-        self, client: int, works: Sequence[DraftWork], answer: Answer, weight: int = 1
-    ) -> None:
-        """Run `works`; `answer` is called on the worker's thread and must not block.
-
-        `weight`: of the client, where others have work waiting too.
-        """
+    def submit(self, client: int, works: Sequence[DraftWork], answer: Answer) -> None:
+        """Run `works`; `answer` is called on the worker's thread and must not block."""
         with self._wake:
-            self._queue.put(client, _Job(client, works, answer), max(1, len(works)), weight)
+            self._queue.put(client, _Job(client, works, answer), max(1, len(works)))
             self._wake.notify()
 
     def free(self, client: int, sessions: Sequence[str] | None) -> None:

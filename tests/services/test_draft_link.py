@@ -20,7 +20,7 @@ from dspark.pb import draft_pb2 as pb
 from dspark.pb import draft_pb2_grpc
 from dspark.rpc import draft_link
 from dspark.rpc.draft_link import PROTOCOL_VERSION, RemoteDraftLink
-from dspark.services.draft.servicer import CREDITS, MAX_WEIGHT, DraftServicer
+from dspark.services.draft.servicer import CREDITS, DraftServicer
 from dspark.types import DraftWork, Fence, Request, SamplingParams
 from dspark.wire.drafts import work_to_pb
 
@@ -157,16 +157,6 @@ async def test_blocks_are_looked_up_while_the_draft_service_is_gone() -> None:
                 hello=pb.Hello(protocol_version=PROTOCOL_VERSION, drafter_fingerprint="other")
             ),
             "same checkpoint",
-        ),
-        (
-            pb.ConnectRequest(
-                hello=pb.Hello(
-                    protocol_version=PROTOCOL_VERSION,
-                    drafter_fingerprint=WEIGHTS,
-                    weight=MAX_WEIGHT + 1,
-                )
-            ),
-            "weight must be at most",
         ),
     ],
 )

@@ -17,12 +17,11 @@ sizes = st.integers(1, 100)
 queues = st.lists(st.lists(sizes, min_size=1, max_size=12), min_size=2, max_size=5)
 
 
-def filled(queues: list[list[int]], weights: list[int] | None = None) -> FairQueue[Item]:
+def filled(queues: list[list[int]]) -> FairQueue[Item]:
     queue: FairQueue[Item] = FairQueue()
     for client, works in enumerate(queues):
         for number, size in enumerate(works):
-            weight = 1 if weights is None else weights[client]
-            queue.put(client, (client, number, size), size, weight)
+            queue.put(client, (client, number, size), size)
     return queue
 
 
@@ -47,21 +46,6 @@ def test_clients_with_work_waiting_are_never_an_item_apart(queues: list[list[int
         if not all(left.values()):
             return
         assert max(got.values()) - min(got.values()) <= largest
-
-
-@given(queues, st.integers(1, 16))
-def test_shares_go_by_weight(queues: list[list[int]], weight: int) -> None:
-    weights = [weight] + [1] * (len(queues) - 1)
-    largest = max(map(max, queues))
-    got = Counter(dict.fromkeys(range(len(queues)), 0))
-    left = Counter({client: len(works) for client, works in enumerate(queues)})
-    for client, _, works in served(filled(queues, weights)):
-        got[client] += works
-        left[client] -= 1
-        if not all(left.values()):
-            return
-        scaled = [got[client] / weights[client] for client in got]
-        assert max(scaled) - min(scaled) <= largest + 1e-6
 
 
 @given(queues)
