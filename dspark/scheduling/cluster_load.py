@@ -77,10 +77,6 @@ class ClusterLoad:
     pending: tuple[PendingPod, ...] = ()  # those with a role first, then who waits longest
     refused_quantities: int = 0  # that could not be read; they count as 0
 
-    def pending_replicas(self, role: str) -> int:
-        """Whether capacity is coming: pods of a role that were created and have not started."""
-        return sum(pod.role == role for pod in self.pending)
-
 
 class ClusterInventory:
     """Nodes and pods as last told of. Safe for threads."""
