@@ -214,8 +214,8 @@ async def test_output_is_the_targets_while_leaders_change_in_mid_stream(
     monkeypatch.setattr(drafting, "CANDIDATES", 5)
     # the gate, which would go by this machine's times, lets blocks through
     monkeypatch.setattr(RoundTimes, "record", lambda *_, **__: None)
-    # plans of schedulers in this process, which is the first one, lapse soon
-    monkeypatch.setattr(plans, "VALID_FOR_S", 0.25)
+    # plans of schedulers in this process, which is the first one, lapse soon, but outlast a step
+    monkeypatch.setattr(plans, "VALID_FOR_S", 2.0)
     monkeypatch.setattr(servicer, "RENEW_AFTER_S", 0.1)
 
     redis = stack.enter_context(running_redis(tmp_path))
@@ -249,6 +249,7 @@ async def test_output_is_the_targets_while_leaders_change_in_mid_stream(
 
     await proxy.cut()
     await first.vanish()
+    await asyncio.sleep(plans.VALID_FOR_S)  # the engine rests, and what it was told lapses
     await go_on(lambda part: part.leader == 0, 6)
     reachable = (await second.start()).address
     two = leader_of(await verifier.hears(lambda plan: leader_of(plan) > one))
