@@ -24,7 +24,7 @@ Of each fault the table says, as median and worst of the rounds:
 A fault that nobody noticed, or after which no draft is accepted, shows nothing and is called
 inconclusive. Tiny models leave
 the machine to the processes themselves: on few cores, what slows the clients is mostly that Ray
-starts a process beside them. Needs the extra `dev`; leaves no file behind.
+starts a process beside them. Needs the extra `dev`.
 
     python benchmarks/faults.py --rounds 3
 """
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--json", action="store_true", help="JSON with machine and versions")
+    parser.add_argument("--output", type=Path, help="JSON with machine, commit and versions")
     options = parser.parse_args()
     names = options.faults.split(",")
     if unknown := set(names) - FAULTS.keys():
@@ -78,20 +78,15 @@ def main() -> None:
                 outcomes.append(FAULTS[name](drill))
     ended = drill.load.ended
     failures = [one.failure for one in ended if one.failure]
-    if options.json:
-        result = {
-            "requests": len(ended),
-            "failures": failures,
-            "faults": [
-                {key: None if value == math.inf else value for key, value in asdict(one).items()}
-                for one in outcomes
-            ],
-            **provenance(),
-        }
-        print(json.dumps(result, indent=2))
-    else:
-        Console().print(table(outcomes))
-        print(f"{len(ended)} requests in all, {len(failures)} failed", *failures, sep="\n  ")
+    Console().print(table(outcomes))
+    print(f"{len(ended)} requests in all, {len(failures)} failed", *failures, sep="\n  ")
+    if options.output:
+        faults = [
+            {key: None if value == math.inf else value for key, value in asdict(one).items()}
+            for one in outcomes
+        ]
+        result = {"requests": len(ended), "failures": failures, "faults": faults, **provenance()}
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
     if failures or not all(one.recovered and one.conclusive for one in outcomes):
         sys.exit(1)
 

@@ -185,10 +185,11 @@ class Drill:
             whole = complete and now > ended and not drafting.lacks
         time.sleep(self._steady_s)
         self._await_accepted(since=now)
-        before = self.load.timeline.rate(began - self._steady_s, began)
+        watched_from = began - self._steady_s
+        before = self.load.timeline(watched_from).rate(watched_from, began)
         back_s = self._await_back(began, level * before)
         until = time.monotonic()
-        timeline, over = self.load.timeline, list(self.load.ended)
+        timeline, over = self.load.timeline(began), list(self.load.ended)
         failures = tuple(one.failure for one in over[earlier:] if one.failure)
         return Outcome(
             fault=name,
@@ -220,10 +221,10 @@ class Drill:
         """`Timeline.back_after_s`, once it is finite; else after a while."""
         deadline = time.monotonic() + _BACK_PATIENCE_S
         while True:
-            back_s = self.load.timeline.back_after_s(since, time.monotonic(), level)
+            back_s = self.load.timeline(since).back_after_s(since, time.monotonic(), level)
             if back_s < math.inf or time.monotonic() > deadline:
                 return back_s
-            time.sleep(_POLL_S)
+            time.sleep(0.5)
 
     def await_whole(self) -> None:
         """Returns once all replicas are listed; AssertionError if that does not come."""

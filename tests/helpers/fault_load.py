@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from dspark.pb import common_pb2
 from dspark.rpc.client import InferenceClient, chat_request
@@ -64,11 +65,14 @@ class Timeline:
 
     def __init__(self, arrivals: Sequence[Sequence[tuple[float, int]]]) -> None:
         self._arrivals = arrivals  # of each client, (time, tokens) in order
+        merged = sorted(one for client in arrivals for one in client)
+        self._times = [at for at, _ in merged]
+        self._counts = [0, *accumulate(tokens for _, tokens in merged)]  # up to each of them
 
     def rate(self, since: float, until: float) -> float:
         """Tokens a second."""
-        tokens = sum(n for one in self._arrivals for at, n in one if since <= at < until)
-        return tokens / (until - since)
+        first, last = bisect_left(self._times, since), bisect_left(self._times, until)
+        return (self._counts[last] - self._counts[first]) / (until - since)
 
     def longest_wait_s(self, since: float, until: float) -> float:
         """Of any client for its next token, be it of this answer or of the next."""
@@ -114,10 +118,13 @@ class Load:
         self._over = threading.Event()
         self.ended: list[Ended] = []
 
-    @property
-    def timeline(self) -> Timeline:
-        """Of all clients so far."""
-        return Timeline([list(one) for one in self._arrivals])
+    def timeline(self, since: float) -> Timeline:
+        """Of all clients up to now."""
+        recent = []
+        for one in self._arrivals:
+            first = bisect_left(one, (since, 0))
+            recent.append(one[max(0, first - 1) :])  # with the last before, for who waits since
+        return Timeline(recent)
 
     def learn(self) -> int:
         """Ask for each answer twice, which must agree; returns the tokens of the shortest."""
