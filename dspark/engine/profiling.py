@@ -16,6 +16,7 @@ from dspark.kernels.cpu import operators
 from dspark.models.graphs import padded_rows
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
+from dspark.scheduling.draft_gate import lengths
 from dspark.scheduling.step_table import Cell, StepTimeTable
 from dspark.types import Fence, Request, SamplingParams
 
@@ -43,8 +44,8 @@ class Grid:
         Where steps are padded to sizes, all is measured at powers of two, which are sizes.
         """
         most, widest = max(2, max_requests), max(2, block_size + 1)
-        # Kernels have steps of their own where B is small.
-        rows = {1, 2, 3, (widest + 1) // 2, widest}
+        # Kernels have steps of their own, and the draft gate compares lengths: no line between.
+        rows = {1, *(1 + size for size in lengths(widest - 1))}
         if target.padded is not None:
             most, widest = (1 << (n - 1).bit_length() for n in (most, widest))
             rows = {1, 2, widest // 2, widest}

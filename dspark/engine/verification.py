@@ -74,11 +74,11 @@ class Verification:
             return sizes
         size = asked or block_size
         search, ceiling = freest_search(decoding), plan.max_draft_tokens or None
-        if search == "causal":
-            # By earlier rounds, so before those at hand are recorded.
-            capacity = judge.gate.capacity(len(decoding), size, prefill)
-            if capacity is not None and (capacity >= sum(sizes) or self._asynchronous):
-                search, ceiling = "ranked", min(capacity, ceiling or capacity)
+        # By earlier rounds, so before those at hand are recorded.
+        capacity = judge.gate.capacity(len(decoding), size, prefill)
+        sampled = search == "causal" and self._asynchronous
+        if capacity is not None and (capacity >= sum(sizes) or sampled):
+            search, ceiling = "ranked", min(capacity, ceiling or capacity)
         survivals = survival_table(confidences, temperatures)
         if not looks_up:
             _see(judge.gate, decoding, survivals, sizes, asked)

@@ -42,7 +42,9 @@ _PROBE_SHARE = 0.004  # of the time, spent on probing in the long run
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 2048  # rounds
 _PAUSE_GROWTH = 4  # a start is over after few probes, and what loses then mostly goes on losing
 _LEAST_GAIN = 1.0
-_LEAST_TRIMMING = 1.005  # over verifying whole blocks
+# Gain over verifying whole blocks, from which they are trimmed: more than times may be wrong by.
+_LEAST_TRIMMING = 1.005  # where steps are padded to sizes, and those were measured
+_LEAST_TRIMMING_BETWEEN = 1.02  # where they are read off lines between lengths that were measured
 _CLOSE_BELOW = 0.995  # hysteresis: an open gate is closed by less than this
 _BETTER = 1.005  # another length replaces the one in use if it brings this much more
 _USUAL_WEIGHT = 0.05  # of the latest round
@@ -145,7 +147,7 @@ class DraftGate:
         self, requests: int, most: int, latency_ms: float = 0.0, search: Search = "global"
     ) -> bool:
         """Whether blocks should pay at this load by what is known, though none can be had now."""
-        sizes = _sizes(most)
+        sizes = lengths(most)
         return not self._known or any(
             self.gain(requests, size, latency_ms, search) > _LEAST_GAIN for size in sizes
         )
@@ -211,7 +213,7 @@ class DraftGate:
             if self._since_none >= none_from + _NONE_ROUNDS:
                 self._since_none = 0
             return 0
-        sizes = _sizes(most)
+        sizes = lengths(most)
         # Only whole blocks say what later positions are worth.
         other = sizes[self._turn // 2 % len(sizes)] if self._turn % 2 else most
         if self._since_other <= _apart(1.0 - self._gains.get(other, gain) / gain):
@@ -221,7 +223,7 @@ class DraftGate:
         return other
 
     def _estimate(self, requests: int, most: int, latency_ms: float, search: Search) -> None:
-        gains = {size: self.gain(requests, size, latency_ms, search) for size in _sizes(most)}
+        gains = {size: self.gain(requests, size, latency_ms, search) for size in lengths(most)}
         best = max(gains, key=lambda size: gains[size])
         if gains.get(self._size, 0.0) * _BETTER > gains[best]:
             best = self._size
@@ -237,7 +239,7 @@ class DraftGate:
         one: that is what many requests do on the average.
         """
         tokens, committed, took_ms = self._rounds_of(requests, size)
-        best = best_count(committed / took_ms, search)
+        best = self._best_count(committed / took_ms, search)
         least_ms = float(took_ms[best])
         if latency_ms:
             halved = self._times.overlapped_ms(requests, float(tokens[best]), size, latency_ms)
@@ -256,12 +258,16 @@ class DraftGate:
         if asked != self._capacity_of or self._rounds - self._capacity_at >= _EVERY:
             self._capacity_of, self._capacity_at = asked, self._rounds
             _, committed, took_ms = self._rounds_of(requests, size, extra_tokens)
-            throughput = committed / took_ms
-            best = best_count(throughput, "global")
-            trims = throughput[best] > _LEAST_TRIMMING * throughput[-1]
-            share = best / len(self._blocks) if trims else size
-            self._capacity = round(share * requests)
+            best = self._best_count(committed / took_ms, "global")
+            self._capacity = round(best / len(self._blocks) * requests)
         return self._capacity
+
+    def _best_count(self, throughput: DoubleArray, search: Search) -> int:
+        """Draft tokens that are admitted of all that there are."""
+        best = best_count(throughput, search)
+        padded = self._times.table.padded
+        least = _LEAST_TRIMMING if padded else _LEAST_TRIMMING_BETWEEN
+        return best if throughput[best] > least * throughput[-1] else len(throughput) - 1
 
     def _rounds_of(
         self, requests: int, size: int, extra_tokens: int = 0
@@ -285,6 +291,6 @@ def _apart(cost: float) -> int:
     return max(_EXPLORE, round(cost / _EXPLORE_SHARE))
 
 
-def _sizes(most: int) -> list[int]:
-    """Lengths that are worth telling apart."""
+def lengths(most: int) -> list[int]:
+    """Draft tokens of blocks that are worth telling apart, up to `most`."""
     return [size for size in (1, 2, 3, 5, 7, 10, 15) if size < most] + [most]

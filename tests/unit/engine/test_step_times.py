@@ -177,7 +177,7 @@ def test_a_verifier_starts_with_what_an_earlier_one_measured(
 
 def test_a_grid_ends_where_the_engine_does() -> None:
     grid = Grid.of(TARGET, block_size=4, max_requests=20, cache_tokens=300)
-    assert grid == Grid((1, 2, 4, 8, 16, 20), (1, 2, 3, 5), (64, 295))
+    assert grid == Grid((1, 2, 4, 8, 16, 20), (1, 2, 3, 4, 5), (64, 295))
     grid = Grid.of(TARGET, block_size=0, max_requests=1, cache_tokens=16)
     assert grid == Grid((1, 2), (1, 2), (14,))
     grid = Grid.of(TARGET, block_size=4, max_requests=4, cache_tokens=1 << 20)
