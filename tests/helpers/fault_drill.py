@@ -250,7 +250,7 @@ class Drill:
         """Incarnations that Redis holds."""
         try:
             with redis.Redis(
-                unix_socket_path=str(self._redis.socket), socket_timeout=1.0
+                unix_socket_path=str(self._redis.socket), socket_timeout=0.5, retry=None
             ) as client:
                 return {key.decode().rpartition("/")[2] for key in client.keys("dspark/registry/*")}
         except redis.RedisError:
