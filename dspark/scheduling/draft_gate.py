@@ -263,11 +263,12 @@ class DraftGate:
         return self._capacity
 
     def _best_count(self, throughput: DoubleArray, search: Search) -> int:
-        """Draft tokens that are admitted of all that there are."""
-        best = best_count(throughput, search)
-        padded = self._times.table.padded
-        least = _LEAST_TRIMMING if padded else _LEAST_TRIMMING_BETWEEN
-        return best if throughput[best] > least * throughput[-1] else len(throughput) - 1
+        """Draft tokens that are admitted: all, or where the search stops if trimming pays."""
+        best = best_count(throughput, "global")
+        least = _LEAST_TRIMMING if self._times.table.padded else _LEAST_TRIMMING_BETWEEN
+        if throughput[best] <= least * throughput[-1]:
+            return len(throughput) - 1
+        return best_count(throughput, search)
 
     def _rounds_of(
         self, requests: int, size: int, extra_tokens: int = 0

@@ -275,6 +275,16 @@ def test_the_gain_is_that_of_the_plans() -> None:
     assert verifier.gate.gain(1, MOST) == pytest.approx(tokens / 15.0 * 11.0, rel=1e-5)
 
 
+def test_the_gain_is_no_more_than_a_search_that_stops_at_a_dent_brings() -> None:
+    dented = flat_table((1, 2), (1, 2, 4, 5), ((10.0, 19.0, 19.0, 30.0),) * 2)
+    gate = DraftGate(RoundTimes(dented))
+    gate.record([GOOD])
+    three = 1 + float(GOOD[:3].sum())
+    assert gate.gain(1, MOST, search="global") == pytest.approx(three / 19.0 * 10.0, rel=1e-5)
+    # Algorithm 1 admits nothing, although whole blocks would gain a third
+    assert gate.gain(1, MOST, search="causal") == pytest.approx(1.0)
+
+
 def test_blocks_are_as_long_as_pays() -> None:
     """Where drafting takes long by the token, what is seldom accepted is not drafted."""
     fair = np.array([0.7, 0.05, 0.02, 0.0], dtype=np.float32)
