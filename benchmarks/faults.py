@@ -22,9 +22,8 @@ Of each fault the table says, as median and worst of the rounds:
     of them gone or silent, Redis holds as many, and all verifiers draft.
 
 A fault that nobody noticed, or after which no draft is accepted, shows nothing and is called
-inconclusive. Tiny models leave
-the machine to the processes themselves: on few cores, what slows the clients is mostly that Ray
-starts a process beside them. Needs the extra `dev`.
+inconclusive. Tiny models leave the machine to the processes themselves: on few cores, what slows
+the clients is mostly that Ray starts a process beside them. Needs the extra `dev`.
 
     python benchmarks/faults.py --rounds 3
 """

@@ -105,9 +105,9 @@ class _Ask:
         values: FloatArray,  # of the others, falling
     ) -> tuple[int, float]:
         """How many of the others are admitted, and how long the round should take."""
-        base = self.base + held
         if self.search == "ranked":
-            return len(values), float(self.rounds_ms(base + len(values), base + len(values))[0])
+            return self._all(held, len(values))
+        base = self.base + held
         times = self.rounds_ms(base, base + len(values))
         worths = np.empty(len(values) + 1)
         worths[0] = worth
@@ -118,9 +118,9 @@ class _Ask:
 
     def admit_few(self, held: int, worth: float, values: list[float]) -> tuple[int, float]:
         """The same, without numpy."""
-        base = self.base + held
         if self.search == "ranked":
-            return len(values), float(self.rounds_ms(base + len(values), base + len(values))[0])
+            return self._all(held, len(values))
+        base = self.base + held
         times = self.rounds_ms(base, base + len(values)).tolist()
         admitted, highest, gained = 0, worth / times[0], 0.0
         for count, value in enumerate(values, 1):
@@ -131,6 +131,10 @@ class _Ask:
             elif self.search == "causal":
                 break
         return admitted, times[admitted]
+
+    def _all(self, held: int, others: int) -> tuple[int, float]:
+        tokens = self.base + held + others
+        return others, float(self.rounds_ms(tokens, tokens)[0])
 
 
 def _plan_few(

@@ -41,7 +41,7 @@ class StutteringScheduler(SchedulerServicer):
         self.plans = 0
         self.wrote = asyncio.Event()
 
-    async def Coordinate(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
+    async def Coordinate(self, request_iterator: Any, context: Any) -> None:  # noqa: N802 - the contract's
         await super().Coordinate(request_iterator, Twice(context, self._count))
 
     def _count(self) -> None:

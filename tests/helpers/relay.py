@@ -81,19 +81,25 @@ class Relay:
             writer.close()
             return
         try:
-            await asyncio.gather(self._copy(reader, their_writer), self._copy(their_reader, writer))
+            await asyncio.gather(
+                pump(reader, their_writer, self._open), pump(their_reader, writer, self._open)
+            )
         finally:
             writer.close()
             their_writer.close()
 
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert self._open is not None
-        try:
-            while data := await reader.read(65536):
-                await self._open.wait()
-                writer.write(data)
-                await writer.drain()
-        except OSError:
-            pass
-        finally:
-            writer.close()
+
+async def pump(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, passes: asyncio.Event | None = None
+) -> None:
+    """Bytes from one to the other until either ends; `passes`: while they may."""
+    try:
+        while data := await reader.read(65536):
+            if passes is not None:
+                await passes.wait()
+            writer.write(data)
+            await writer.drain()
+    except OSError:
+        pass
+    finally:
+        writer.close()

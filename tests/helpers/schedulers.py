@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from helpers.relay import pump
+
 from dspark.config import ServeConfig, build
 
 _TESTS = Path(__file__).resolve().parents[1]
@@ -83,19 +85,8 @@ class Proxy:
         their_reader, their_writer = await asyncio.open_unix_connection(self._target)
         ends = {writer, their_writer}
         self._writers |= ends
-        await asyncio.gather(_copy(reader, their_writer), _copy(their_reader, writer))
+        await asyncio.gather(pump(reader, their_writer), pump(their_reader, writer))
         self._writers -= ends
-
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    finally:
-        writer.close()
 
 
 def _main() -> None:
