@@ -28,11 +28,11 @@ def cache_folder() -> Path:
 
 
 def cpu_operators() -> str:
-    """$DSPARK_CPU_OPERATORS: auto (default), avx512, avx2, or none for torch alone."""
+    """$DSPARK_CPU_OPERATORS: auto (default), amx, avx512, avx2, or none for torch alone."""
     wanted = os.environ.get("DSPARK_CPU_OPERATORS", "auto")
-    if wanted not in ("auto", "avx512", "avx2", "none"):
+    if wanted not in ("auto", "amx", "avx512", "avx2", "none"):
         raise ConfigError(
-            f"DSPARK_CPU_OPERATORS must be auto, avx512, avx2 or none; got {wanted!r}"
+            f"DSPARK_CPU_OPERATORS must be auto, amx, avx512, avx2 or none; got {wanted!r}"
         )
     return wanted
 

@@ -31,11 +31,10 @@ _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fopenm
 _TIMEOUT_S = 300
 # Instruction sets that the operators are written for, best first: flags in /proc/cpuinfo, and the
 # compiler's.
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"})
 _SETS = {
-    "avx512": (
-        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
-        ("-DDSPARK_AVX512",),
-    ),
+    "amx": (_AVX512 | {"amx_tile", "amx_bf16"}, ("-DDSPARK_AVX512", "-DDSPARK_AMX")),
+    "avx512": (_AVX512, ("-DDSPARK_AVX512",)),
     "avx2": (frozenset({"avx2", "fma"}), ()),
 }
 
@@ -60,7 +59,7 @@ def load() -> ctypes.CDLL | None:
 
 
 def instruction_set() -> str | None:
-    """The best of the sets that this machine and the settings allow: avx512, avx2 or None."""
+    """The best of the sets that this machine and the settings allow: amx, avx512, avx2 or None."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return None
     wanted = cpu_operators()

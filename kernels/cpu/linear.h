@@ -137,12 +137,22 @@ inline void multiply_range(const Product& p, const Factor* x, int64_t first, int
   }
 }
 
+#ifdef DSPARK_AMX
+#include "tiles_amx.h"
+#endif
+
 inline void multiply_all(const Product& p) {
   if (p.T == 0) return;  // a step in which nobody emits has no rows for the head
 #pragma omp parallel
   {
-    const Factor* x = factors(p);
     const int64_t blocks = p.blocks(), i = omp_get_thread_num(), threads = omp_get_num_threads();
-    multiply_range(p, x, blocks * i / threads, blocks * (i + 1) / threads);
+    const int64_t first = blocks * i / threads, last = blocks * (i + 1) / threads;
+#ifdef DSPARK_AMX
+    // Which of the two computes a row must not depend on the rows beside it: K alone decides.
+    if (p.K % kTileDepth == 0)
+      multiply_tiles(p, first, last);
+    else
+#endif
+      multiply_range(p, factors(p), first, last);
   }
 }

@@ -1,7 +1,7 @@
 // The operators of a decoder layer around its matrix products, and those products, in bf16 with fp32
-// arithmetic, for x86-64: with AVX-512 BF16 (DSPARK_AVX512 is defined) or AVX2. Called through a C
-// interface (dspark.kernels.cpu.operators), which has checked every shape: nothing is checked again
-// here.
+// arithmetic, for x86-64: with AVX-512 BF16 (DSPARK_AVX512 is defined), with AMX besides (DSPARK_AMX
+// too), or with AVX2. Called through a C interface (dspark.kernels.cpu.operators), which has checked
+// every shape: nothing is checked again here.
 //
 // Every output row is a function of its own inputs alone: the order of its additions depends
 // neither on the rows beside it nor on the number of threads. Decoding a token alone and verifying
@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #include <omp.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -25,6 +27,11 @@
 
 extern "C" int dspark_supported() {
   __builtin_cpu_init();
+#ifdef DSPARK_AMX
+  // Linux gives a process the tiles' registers when it asks, before its first use of them.
+  constexpr long kRequest = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (syscall(SYS_arch_prctl, kRequest, kTiles) != 0) return 0;
+#endif
 #ifdef DSPARK_AVX512
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -34,7 +41,9 @@ extern "C" int dspark_supported() {
 #endif
 }
 
-#ifdef DSPARK_AVX512
+#if defined(DSPARK_AMX)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
+#elif defined(DSPARK_AVX512)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #else
 #pragma GCC target("avx2,fma")

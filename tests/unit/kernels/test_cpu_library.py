@@ -62,10 +62,11 @@ def test_a_damaged_build_is_no_crash(
     assert "the slower torch path is used" in caplog.text
 
 
-@pytest.mark.parametrize("wanted", ["auto", "avx512", "avx2", "none"])
+@pytest.mark.parametrize("wanted", ["auto", "amx", "avx512", "avx2", "none"])
 def test_the_settings_choose_among_what_the_machine_has(
     cache: Path, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("DSPARK_CPU_OPERATORS", raising=False)
     best = library.instruction_set()
     monkeypatch.setenv("DSPARK_CPU_OPERATORS", wanted)
     chosen = library.instruction_set()
