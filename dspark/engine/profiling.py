@@ -114,7 +114,7 @@ def speed_now(target: TargetModel, kv: PagedKVCache, table: StepTimeTable) -> fl
             break
         for cell in cells:
             samples[cell].append(_step_ms(target, kv, cell))
-    return median(median(times[1:]) / table.ms(r, r * q, c) for (r, q, c), times in samples.items())
+    return median(min(times[1:]) / table.ms(r, r * q, c) for (r, q, c), times in samples.items())
 
 
 def _sizes(target: TargetModel, grid: Grid) -> tuple[int, ...]:

@@ -208,7 +208,9 @@ class DraftGate:
         best, gain = min(self._size, most), max(self._gain, _LEAST_GAIN)
         self._since_none += 1
         self._since_other += 1
-        none_from = _apart(_NONE_ROUNDS * (1.0 - 1.0 / gain))
+        none_from = _EXPLORE  # what the first rounds of a load say of none is the table's word
+        if self._times.compares(self._requests):
+            none_from = _apart(_NONE_ROUNDS * (1.0 - 1.0 / gain))
         if self._since_none > none_from:
             if self._since_none >= none_from + _NONE_ROUNDS:
                 self._since_none = 0

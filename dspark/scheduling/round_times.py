@@ -212,6 +212,10 @@ class RoundTimes:
         """Whether they have been at this load."""
         return self._at(requests).drafting_known
 
+    def compares(self, requests: int) -> bool:
+        """Whether steps with drafts have been held against those without at this load."""
+        return bool(self._at(requests).widening)
+
     def step_ms(self, requests: int, tokens: float) -> float:
         """A step of `tokens` target tokens in all."""
         correction = self._correction(requests).at(tokens / max(1, requests))

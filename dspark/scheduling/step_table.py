@@ -98,11 +98,15 @@ class StepTimeTable:
         padded: tuple[int, ...] = (),
         fingerprint: str = "",
     ) -> StepTimeTable:
-        """From times by cell, on a full grid: medians, made monotone."""
+        """From times by cell, on a full grid, made monotone.
+
+        The least of each cell: what disturbs a step only ever makes it longer, and one cell that was
+        disturbed would raise all those above it.
+        """
         requests, rows, contexts = (sorted(set(axis)) for axis in zip(*samples, strict=True))
         grid = np.array(
             [
-                [[float(np.median(samples[r, q, c])) for q in rows] for r in requests]
+                [[float(min(samples[r, q, c])) for q in rows] for r in requests]
                 for c in contexts
             ]
         )
