@@ -105,10 +105,7 @@ class StepTimeTable:
         """
         requests, rows, contexts = (sorted(set(axis)) for axis in zip(*samples, strict=True))
         grid = np.array(
-            [
-                [[float(min(samples[r, q, c])) for q in rows] for r in requests]
-                for c in contexts
-            ]
+            [[[float(min(samples[r, q, c])) for q in rows] for r in requests] for c in contexts]
         )
         for axis in range(3):
             grid = np.maximum.accumulate(grid, axis=axis)
