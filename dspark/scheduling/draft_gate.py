@@ -31,6 +31,7 @@ from dspark.types import DoubleArray, FloatArray
 
 _BLOCKS = 128  # remembered
 _EVERY = 32  # rounds between estimates
+_GRAIN = 16  # prompt tokens that capacities are told apart by
 _EXPLORE = 64  # rounds at least between those that are run to learn of other lengths, or of none
 _EXPLORE_SHARE = 0.003  # of the time, spent on each of the two at most
 _NONE_ROUNDS = 4  # without drafts in a row: the first is not like others
@@ -80,8 +81,8 @@ class DraftGate:
         self._requests = 0  # of the last estimate
         self._rounds = 0  # since the start
         self._age = 0  # rounds since the last estimate
-        self._capacity = 0  # that was found last
-        self._capacity_of, self._capacity_at = (0, 0, 0), 0  # for what, and in which round
+        self._capacities: dict[tuple[int, int, int], int] = {}  # found since a certain round
+        self._capacities_from = 0
         self._since_none = self._since_other = 0  # rounds since some were run to learn
         self._turn = 0  # which length is the next to learn of
         self._closed: defaultdict[int, _Closed] = defaultdict(_Closed)  # by load
@@ -256,13 +257,17 @@ class DraftGate:
         """
         if not self._known:
             return None
+        if self._rounds - self._capacities_from >= _EVERY:
+            self._capacities.clear()
+            self._capacities_from = self._rounds
+        if not self._times.table.padded:  # prompts are of any length: one that is near will do
+            extra_tokens = -(-extra_tokens // _GRAIN) * _GRAIN
         asked = (requests, size, extra_tokens)
-        if asked != self._capacity_of or self._rounds - self._capacity_at >= _EVERY:
-            self._capacity_of, self._capacity_at = asked, self._rounds
+        if asked not in self._capacities:
             _, committed, took_ms = self._rounds_of(requests, size, extra_tokens)
             best = self._best_count(committed / took_ms, "global")
-            self._capacity = round(best / len(self._blocks) * requests)
-        return self._capacity
+            self._capacities[asked] = round(best / len(self._blocks) * requests)
+        return self._capacities[asked]
 
     def _best_count(self, throughput: DoubleArray, search: Search) -> int:
         """Draft tokens that are admitted: all, or where the search stops if trimming pays."""

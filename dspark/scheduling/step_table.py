@@ -100,8 +100,8 @@ class StepTimeTable:
     ) -> StepTimeTable:
         """From times by cell, on a full grid, made monotone.
 
-        The least of each cell: what disturbs a step only ever makes it longer, and one cell that was
-        disturbed would raise all those above it.
+        The least of each cell: what disturbs a step only ever makes it longer, and one disturbed
+        cell would raise all those above it.
         """
         requests, rows, contexts = (sorted(set(axis)) for axis in zip(*samples, strict=True))
         grid = np.array(
