@@ -229,7 +229,7 @@ class Speculation:
                 round_ms=of.round_ms,
                 waited_ms=of.waited_ms,
                 overlapped=under_way,
-                prefill=of.prefill > 0,
+                prefill=of.prefill,
             )
         if of.requests and not of.prefill:
             self._rows = of.tokens / of.requests

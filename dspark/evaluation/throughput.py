@@ -1,8 +1,9 @@
 """Tokens a second at several concurrencies: no drafting, blocks of fixed lengths, and adaptive.
 
 So many users are served at once, each asking again as soon as it is answered, while the arms take
-short turns: off, fixed, adaptive, off, … A machine whose speed drifts, by the second where others
-share it, then favours none, and a round's ratios say more than any arm's speed.
+short turns, in another order each round. A machine whose speed drifts, by the second where others
+share it, then favours none, nor do prompts that come in step with the turns; and a round's ratios
+say more than any arm's speed.
 
 Tokens, accepted length, steps' and blocks' times predict a speed: R·τ / (T_step + T_draft). What is
 reached of it, the efficiency, is what neither step nor draft has to answer for.
@@ -11,6 +12,7 @@ reached of it, the efficiency, is what neither step nor draft has to answer for.
 from __future__ import annotations
 
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -62,13 +64,14 @@ def measure(
     cells = []
     plans = arms(fixed_lengths)
     total, done = len(concurrencies) * rounds * len(plans), 0
+    shuffled = random.Random(0)
     stops, llm.verifier.eos_token_ids = llm.verifier.eos_token_ids, ()
     try:
         for concurrency in concurrencies:
             users = _Users(llm, prompts, concurrency, max_tokens)
             turns: dict[str, list[_Turn]] = {arm: [] for arm in plans}
             for _ in range(rounds):
-                for arm, plan in plans.items():
+                for arm, plan in shuffled.sample(list(plans.items()), len(plans)):
                     llm.verifier.set_plan(plan)
                     turns[arm].append(users.work(turn_s))
                     done += 1

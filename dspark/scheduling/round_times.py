@@ -14,6 +14,11 @@ is nothing to learn, and what it might seem to teach would be noise that adds up
 A load that has not been seen is judged by its neighbours: in between on the line between them,
 beyond in proportion. A larger load is so thought worse than it may be, and a smaller one better.
 
+Steps that prompts take part in say little of others, since the table knows no prompts: they count
+as so many more rows. Where there are no other steps, as many short answers bring it about, the
+machine's speed is taken from them, and those with drafts are held against those without all the
+same.
+
 Where blocks take long to come, a round may be run as two: each half of the requests is stepped
 while the other half is drafted for. That pays when the wait that it hides is longer than what two
 small steps take more than one large step.
@@ -107,12 +112,19 @@ class _Load:
 
     level: _Recent = field(default_factory=_Recent)  # the table's error, against other loads
     widening: _Recent = field(default_factory=_Recent)  # the same, wide against narrow steps
+    widening_with_prompts: _Recent = field(default_factory=_Recent)  # of steps with prompts in them
     wide_rows: _Recent = field(default_factory=_Recent)  # rows a request in wide steps
     plain_ms: _Recent = field(default_factory=_Recent)  # of a round beside its step
     draft_ms: defaultdict[int, _Recent] = field(  # the same, with blocks of so many tokens
         default_factory=lambda: defaultdict(_Recent)
     )
     wait_ms: _Recent = field(default_factory=_Recent)  # for blocks, with nothing else to do
+
+    @property
+    def usual_widening(self) -> float | None:
+        if self.widening.usual is not None:
+            return self.widening.usual
+        return self.widening_with_prompts.usual
 
     @property
     def drafting_known(self) -> bool:
@@ -146,7 +158,9 @@ class RoundTimes:
         self.table = table
         self._context, self._now = 0.0, table.at(0.0)
         self._loads: defaultdict[int, _Load] = defaultdict(_Load)  # by powers of two
-        self._steps: deque[_Step] = deque(maxlen=_NEAR)
+        self._steps: deque[_Step] = deque(maxlen=_NEAR)  # without prompts
+        self._prompt_steps: deque[_Step] = deque(maxlen=_NEAR)
+        self._prompts_in_a_row = 0  # steps with them
         self._slow = 1.0  # steps of late over what is usual
         self._drafted, self._in_a_row = False, 0  # the last rounds
         self._corrections: dict[int, _Correction] = {}  # by requests, as far as known
@@ -170,9 +184,9 @@ class RoundTimes:
         round_ms: float,
         waited_ms: float = 0.0,  # of the round, for blocks
         overlapped: bool = False,  # other requests were drafted for meanwhile
-        prefill: bool = False,  # prompts took part in the step
+        prefill: int = 0,  # of the tokens, those of prompts
     ) -> None:
-        """A round took so long. Steps with prompts do not compare, but what is beside them does.
+        """A round took so long.
 
         The first after a change between drafting and none is left out, since it pays for that.
         """
@@ -187,21 +201,34 @@ class RoundTimes:
         else:
             self._in_a_row += 1
         load = self._at(requests)
-        if not prefill:
-            self._take_in(load, requests, tokens, step_ms)
+        self._take_in(load, requests, tokens, prefill, step_ms)
         beside = load.draft_ms[drafted] if drafted else load.plain_ms
         beside.add((round_ms - step_ms - waited_ms) / self._slow)
         if drafted and not overlapped:
             load.wait_ms.add(waited_ms / self._slow)
 
-    def _take_in(self, load: _Load, requests: int, tokens: int, step_ms: float) -> None:
-        rows, ratio = tokens / requests, step_ms / self._now.ms(requests, tokens)
+    def _take_in(
+        self, load: _Load, requests: int, tokens: int, prefill: int, step_ms: float
+    ) -> None:
+        rows, ratio = (tokens - prefill) / requests, step_ms / self._now.ms(requests, tokens)
         step = _Step(requests, load_of(requests), rows, rows > 1.0, ratio)
         if step.wide and load.wide_rows.add(step.rows):
             self._corrections.clear()
-        self._compare(step, load)
+        if prefill:
+            self._hold_against(step, self._prompt_steps, load.widening_with_prompts)
+            self._prompt_steps.append(step)
+            self._prompts_in_a_row += 1
+            if self._prompts_in_a_row > _NEAR:
+                self._follow_speed(self._prompt_steps)
+            return
+        self._prompts_in_a_row = 0
+        self._hold_against(step, self._steps, load.widening)
+        self._learn_level(step, load)
         self._steps.append(step)
-        self._slow = median(self._usual_ratios(list(self._steps)[-_SPEED_MEMORY:]))
+        self._follow_speed(self._steps)
+
+    def _follow_speed(self, steps: deque[_Step]) -> None:
+        self._slow = median(self._usual_ratios(list(steps)[-_SPEED_MEMORY:]))
 
     @property
     def drafting_known(self) -> bool:
@@ -214,7 +241,7 @@ class RoundTimes:
 
     def compares(self, requests: int) -> bool:
         """Whether steps with drafts have been held against those without at this load."""
-        return bool(self._at(requests).widening)
+        return self._at(requests).usual_widening is not None
 
     def step_ms(self, requests: int, tokens: float) -> float:
         """A step of `tokens` target tokens in all."""
@@ -273,16 +300,20 @@ class RoundTimes:
         merged = self.step_ms(here[0] + there[0], here[1] + there[1])
         return self.step_ms(*here) + self.step_ms(*there) - merged
 
-    def _compare(self, step: _Step, load: _Load) -> None:
-        """Learn what a step says of its kind beside those near it."""
-        here = [near for near in self._steps if near.load == step.load]
-        others = [near.ratio for near in here if near.wide != step.wide]
+    def _hold_against(self, step: _Step, near: deque[_Step], widening: _Recent) -> None:
+        """Learn how wide steps compare with narrow ones, where this one is the rarer."""
+        here = [other for other in near if other.load == step.load]
+        others = [other.ratio for other in here if other.wide != step.wide]
         if others and 2 * len(others) >= len(here):
             base = median(others)
-            load.widening.add(step.ratio / base if step.wide else base / step.ratio)
+            widening.add(step.ratio / base if step.wide else base / step.ratio)
             self._corrections.clear()
+
+    def _learn_level(self, step: _Step, load: _Load) -> None:
+        """Learn how this load compares with others that were near."""
         elsewhere = [near for near in self._steps if near.load != step.load]
-        if not load.level or (elsewhere and len(elsewhere) >= len(here)):
+        here = len(self._steps) - len(elsewhere)
+        if not load.level or (elsewhere and len(elsewhere) >= here):
             (own,) = self._usual_ratios([step])
             base = median(self._usual_ratios(elsewhere) or (1.0,))
             load.level.add(own * self._correction(step.requests).level / base)
@@ -297,7 +328,7 @@ class RoundTimes:
         if known is None:
             known = self._corrections[requests] = _Correction(
                 self._nearest(requests, lambda load: load.level.usual, 1.0),
-                self._nearest(requests, lambda load: load.widening.usual, 1.0),
+                self._nearest(requests, lambda load: load.usual_widening, 1.0),
                 self._nearest(requests, lambda load: load.wide_rows.usual, 2.0),
             )
         return known
