@@ -37,6 +37,14 @@ def cpu_operators() -> str:
     return wanted
 
 
+def kernels_wanted() -> str:
+    """$DSPARK_KERNELS: auto (default: by device), triton, or reference for torch alone."""
+    wanted = os.environ.get("DSPARK_KERNELS", "auto")
+    if wanted not in ("auto", "triton", "reference"):
+        raise ConfigError(f"DSPARK_KERNELS must be auto, triton or reference; got {wanted!r}")
+    return wanted
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Which models, in which precision, where."""

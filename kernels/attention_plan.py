@@ -17,6 +17,8 @@ import torch
 from dspark.kernels.transfer import to_device
 
 PAGE_SIZE = 16  # slots
+TILE_ROWS = 8  # of a tile of few rows: an anchor and its block, mostly
+FEW_ROWS = 16  # of one sequence; more are a prompt's
 
 Pages = npt.NDArray[np.int32]
 
@@ -24,6 +26,14 @@ Pages = npt.NDArray[np.int32]
 def pages_for(tokens: int) -> int:
     """Pages that `tokens` positions need."""
     return -(-tokens // PAGE_SIZE)
+
+
+class Tiles(NamedTuple):
+    """Rows of one sequence each, that kernels take together."""
+
+    first: torch.Tensor  # [M] int32: the first row
+    rows: torch.Tensor  # [M] int32; 0: no tile
+    sequence: torch.Tensor  # [M] int32: whose row of the tables
 
 
 class PlacedPlan(NamedTuple):
@@ -76,6 +86,24 @@ class AttentionPlan:
         """The first position that each row sees in a layer of this window; None: all see all."""
         return _first_seen(self, window)
 
+    def tiles(self, long_rows: int) -> list[tuple[Tiles, int]]:
+        """Tiles by the most rows that they have: TILE_ROWS, and `long_rows` for prompts.
+
+        On the plan's device; made once a step and shared by all layers.
+        """
+        made = self.derived.get(("tiles", long_rows))
+        if made is None:
+            counts, found = np.asarray(self.row_counts), []
+            for most, chosen in (
+                (TILE_ROWS, counts <= FEW_ROWS),
+                (long_rows, counts > FEW_ROWS),
+            ):
+                if chosen.any():
+                    arrays = cut_into_tiles(counts, np.flatnonzero(chosen), most)
+                    found.append((Tiles(*self.move(*map(torch.from_numpy, arrays))), most))
+            made = self.derived["tiles", long_rows] = found
+        return cast("list[tuple[Tiles, int]]", made)
+
 
 @dataclass(frozen=True, slots=True)
 class WholePlan:
@@ -104,6 +132,7 @@ class RowPlan:
     reach: torch.Tensor  # [T] int64
     slots: torch.Tensor  # [T] int64
     tables: torch.Tensor  # [T, W] int32
+    tile_rows: torch.Tensor  # [T] int32: rows of the tile that begins here; 0: it began before
     window: int | None = None
     derived: dict[object, object] = field(default_factory=dict)
 
@@ -115,6 +144,29 @@ class RowPlan:
     def first_seen(self, window: int | None) -> torch.Tensor | None:  # [T] int64
         """See AttentionPlan."""
         return _first_seen(self, window)
+
+    def tiles(self, long_rows: int) -> list[tuple[Tiles, int]]:
+        """See AttentionPlan; there are no prompts among them."""
+        if "rows" not in self.derived:
+            count, device = self.tile_rows.shape[0], self.tile_rows.device
+            self.derived["rows"] = torch.arange(count, dtype=torch.int32, device=device)
+        rows = cast(torch.Tensor, self.derived["rows"])
+        return [(Tiles(rows, self.tile_rows, rows), TILE_ROWS)]
+
+
+def cut_into_tiles(
+    counts: npt.NDArray[np.int64],  # [S] rows of each sequence
+    chosen: npt.NDArray[np.int64],  # the sequences that are cut
+    most: int,  # rows of a tile
+) -> list[npt.NDArray[np.int32]]:  # [M] each, as in Tiles
+    """The tiles of some sequences of a step, in order."""
+    starts, own = np.cumsum(counts) - counts, counts[chosen]
+    tiles = -(-own // most)
+    of = np.repeat(np.arange(len(own)), tiles)
+    offset = (np.arange(len(of)) - (np.cumsum(tiles) - tiles)[of]) * most
+    first = starts[chosen][of] + offset
+    rows = np.minimum(own[of] - offset, most)
+    return [array.astype(np.int32) for array in (first, rows, chosen[of])]
 
 
 def _first_seen(plan: AttentionPlan | RowPlan, window: int | None) -> torch.Tensor | None:

@@ -1,19 +1,31 @@
 """Which kernels serve a layer's KV cache: chosen once, by device, type and head width.
 
 A store owns one layer's keys and values in the layout of its own kernels, so nothing is ever copied
-from one layout to another.
+from one layout to another. What was chosen is logged, once for each kind; where the kernels of a
+device do not serve a kind, the torch reference does, with a warning.
 """
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 
+from dspark.config import kernels_wanted
+from dspark.errors import ConfigError
 from dspark.kernels.attention_plan import PAGE_SIZE, AttentionPlan, RowPlan
 from dspark.kernels.cpu import operators
 from dspark.kernels.reference.paged_attention import paged_attention
 from dspark.kernels.reference.row_attention import row_attention
+
+log = logging.getLogger(__name__)
+
+_TRITON_WIDTHS = range(16, 257)
+_TRITON_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_SHARING = 16  # query heads of one KV head: a tile of eight rows has them all
 
 
 class KVStore(Protocol):
@@ -76,6 +88,43 @@ class RowStore:
         )
 
 
+class TritonStore(RowStore):
+    """One row a slot, for the Triton kernels."""
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        """Store rows at `slots`."""
+        from dspark.kernels.triton.cache_write import write_rows
+
+        write_rows(keys, values, self.keys, self.values, slots)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        plan: AttentionPlan | RowPlan,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of the plan's rows over what has been written."""
+        if query.shape[1] > _MOST_SHARING * self.keys.shape[1]:
+            _explain(
+                f"{query.shape[1]} query heads over {self.keys.shape[1]} KV heads: the torch "
+                f"reference, since a tile holds at most {_MOST_SHARING} of one KV head",
+                unserved=True,
+            )
+            return super().attend(
+                query, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
+            )
+        from dspark.kernels.triton.attention import paged_attention as triton_attention
+
+        return triton_attention(
+            query, self.keys, self.values, plan,
+            scale=scale, window=window, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+
+
 class CpuStore:
     """Pages laid out for the C++ operators: bf16."""
 
@@ -119,10 +168,34 @@ def has_cpu_operators(dtype: torch.dtype, device: torch.device, width: int) -> b
     """Whether the C++ operators serve attention of this kind here."""
     return (
         device.type == "cpu"
+        and kernels_wanted() == "auto"
         and dtype == torch.bfloat16
         and width in operators.HEAD_WIDTHS
         and operators.available()
     )
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on the device; ConfigError if they are asked for and cannot."""
+    wanted = kernels_wanted()
+    if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
+        return False
+    if find_spec("triton") is None:
+        problem = "Triton is not installed (pip install 'dspark-serve[gpu]')"
+    elif device.type != "cuda" and not _interpreted():
+        problem = f"Triton has no kernels for {device.type!r} (TRITON_INTERPRET=1 interprets them)"
+    else:
+        return True
+    if wanted == "triton":
+        raise ConfigError(f"DSPARK_KERNELS is triton, but {problem}")
+    _explain(f"the torch reference serves {device.type}: {problem}", unserved=True)
+    return False
+
+
+def _interpreted() -> bool:
+    from dspark.kernels.triton.launch import INTERPRETED
+
+    return INTERPRETED
 
 
 def new_store(
@@ -130,6 +203,22 @@ def new_store(
 ) -> KVStore:
     """An empty store for rows such as `keys` [T, G, D] and `values` [T, G, Dv]."""
     _, kv_heads, width = keys.shape
+    slots, kind = num_pages * PAGE_SIZE, f"{keys.dtype} heads of {width} on {device.type}"
+    if has_triton(device):
+        widths = (width, values.shape[2])
+        if keys.dtype in _TRITON_TYPES and all(w in _TRITON_WIDTHS for w in widths):
+            _explain(f"attention of {kind}: Triton kernels")
+            return TritonStore(slots, keys, values, device)
+        _explain(f"attention of {kind}: the torch reference, for want of kernels", unserved=True)
+        return RowStore(slots, keys, values, device)
     if keys.shape == values.shape and has_cpu_operators(keys.dtype, device, width):
+        _explain(f"attention of {kind}: C++ operators")
         return CpuStore(num_pages, kv_heads, width)
-    return RowStore(num_pages * PAGE_SIZE, keys, values, device)
+    _explain(f"attention of {kind}: the torch reference")
+    return RowStore(slots, keys, values, device)
+
+
+@cache
+def _explain(choice: str, *, unserved: bool = False) -> None:
+    """Say once what was chosen."""
+    log.log(logging.WARNING if unserved else logging.INFO, "%s", choice)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, by whomever
 torch.set_num_threads(1)
 settings.register_profile("dspark", derandomize=True, deadline=None)
 settings.load_profile("dspark")

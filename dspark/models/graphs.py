@@ -25,14 +25,20 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from dspark.kernels.attention_plan import PAGE_SIZE, AttentionPlan, RowPlan
+from dspark.kernels.attention_plan import (
+    FEW_ROWS,
+    PAGE_SIZE,
+    TILE_ROWS,
+    AttentionPlan,
+    RowPlan,
+    cut_into_tiles,
+)
 from dspark.kernels.transfer import Packing
 from dspark.models.kv_cache import NOWHERE, PagedKVCache
 
 log = logging.getLogger(__name__)
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-_FEW_ROWS = 16  # of one sequence: an anchor and its block, not a prompt
 # Keys that the rows gather, in all: beyond, copying them takes longer than launches would.
 _MOST_KEYS = 1 << 16
 _MOST_GRAPHS = 64  # of one cache; the least recently used goes
@@ -47,7 +53,7 @@ Forward = Callable[[torch.Tensor, RowPlan, torch.Tensor, PagedKVCache], Output]
 def bucket(plan: AttentionPlan) -> Shape | None:
     """The padded shape of a step; None for one that is better run as it is."""
     rows, width = len(plan.reach), plan.tables.shape[1]
-    if max(plan.row_counts) > _FEW_ROWS or rows > ROW_BUCKETS[-1]:
+    if max(plan.row_counts) > FEW_ROWS or rows > ROW_BUCKETS[-1]:
         return None
     rows, width = next(size for size in ROW_BUCKETS if size >= rows), _padded_width(width)
     return (rows, width) if rows * width * PAGE_SIZE <= _MOST_KEYS else None
@@ -121,7 +127,7 @@ class PaddedSteps:
     def _write(self, step: _Step, kv: PagedKVCache) -> None:
         """Run the step on what its buffers hold; its output goes to the shared ones."""
         # A new plan each time: what kernels derive from one must not outlive a capture.
-        plan = RowPlan(step.positions, step.reach, step.slots, step.tables)
+        plan = RowPlan(step.positions, step.reach, step.slots, step.tables, step.tile_rows)
         logits, taps = self._forward(step.token_ids, plan, step.every_row, kv)
         rows = len(logits)
         if self._logits is None:
@@ -175,25 +181,30 @@ class _Step:
         lines = torch.zeros(5, rows, dtype=torch.int64)
         # Padding: a row that reads the zeros of slot 0 alone, and is written where nobody reads.
         lines[3] = NOWHERE
-        padding = [*lines, torch.zeros(rows, width, dtype=torch.int32)]
+        tile_rows = torch.ones(rows, dtype=torch.int32)
+        padding = [*lines, tile_rows, torch.zeros(rows, width, dtype=torch.int32)]
         self._packing = Packing(padding)
         self._padding = self._packing.fill(self._packing.buffer("cpu"), padding)
         self._buffer = self._packing.buffer(device)
         views = self._packing.views(self._buffer)
         self.token_ids, self.positions, self.reach, self.slots, self.logit_rows = views[:5]
-        self.tables = views[5]
+        self.tile_rows, self.tables = views[5:]
         self.every_row = torch.arange(rows, device=device)
 
     def fill(self, token_ids: torch.Tensor, plan: AttentionPlan, logit_rows: torch.Tensor) -> None:
         """Take in a step that fits, in one copy."""
         staged = self._packing.buffer("cpu", pinned=self._buffer.device.type == "cuda")
         staged.copy_(self._padding)
-        *lines, tables = self._packing.views(staged)
+        *lines, tile_rows, tables = self._packing.views(staged)
         given = (token_ids, plan.positions, plan.reach, plan.slots, logit_rows)
         for line, values in zip(lines, given, strict=True):
             line[: len(values)] = values
-        of = torch.from_numpy(np.repeat(np.arange(len(plan.row_counts)), plan.row_counts))
+        counts = np.asarray(plan.row_counts)
+        of = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
         tables[: len(of), : plan.tables.shape[1]] = plan.tables[of]
+        first, rows, _ = cut_into_tiles(counts, np.arange(len(counts)), TILE_ROWS)
+        tile_rows[: len(of)] = 0
+        tile_rows[torch.from_numpy(first).long()] = torch.from_numpy(rows)
         self._buffer.copy_(staged, non_blocking=True)
 
 

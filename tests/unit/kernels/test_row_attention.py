@@ -38,6 +38,7 @@ def by_rows(plan: AttentionPlan, padding: int = 0, spare_pages: int = 0) -> RowP
     return RowPlan(
         *(torch.cat([t, nothing]) for t in (plan.positions, plan.reach, plan.slots)),
         tables,
+        tile_rows=torch.ones(rows + padding, dtype=torch.int32),
         window=plan.window,
     )
 

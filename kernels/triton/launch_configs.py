@@ -1,0 +1,52 @@
+"""How kernels are cut and scheduled, by GPU: data that scripts/tune_kernels.py writes.
+
+A GPU that is not named takes what the nearest older one takes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dspark.kernels.triton.launch import INTERPRETED
+
+_FILE = Path(__file__).with_suffix(".json")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """Of attention over pages."""
+
+    block_keys: int  # that a program reads at once
+    split_keys: int  # of a stretch: its program's share of a long sequence
+    rows_long: int  # rows times heads of a prompt's tile
+    warps: int
+    stages: int
+
+
+def attention_config(device: torch.device, width: int) -> AttentionConfig:
+    """For heads of `width`."""
+    entries = _entries("attention", _capability(device))
+    return AttentionConfig(**entries[min((w for w in entries if int(w) >= width), key=int)])
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    """Such as 90; of the newest that is known where kernels are interpreted."""
+    if INTERPRETED or device.type != "cuda":
+        return 1000
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def _entries(kernel: str, capability: int) -> dict[str, dict[str, int]]:
+    known: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))[kernel]
+    older = [name for name in known if int(name) <= capability]
+    named: dict[str, dict[str, int]] = known[max(older, key=int) if older else min(known, key=int)]
+    return named
