@@ -94,10 +94,8 @@ class AttentionPlan:
         made = self.derived.get(("tiles", long_rows))
         if made is None:
             counts, found = np.asarray(self.row_counts), []
-            for most, chosen in (
-                (TILE_ROWS, counts <= FEW_ROWS),
-                (long_rows, counts > FEW_ROWS),
-            ):
+            short = (counts <= FEW_ROWS) | (long_rows <= TILE_ROWS)
+            for most, chosen in ((TILE_ROWS, short), (long_rows, ~short)):
                 if chosen.any():
                     arrays = cut_into_tiles(counts, np.flatnonzero(chosen), most)
                     found.append((Tiles(*self.move(*map(torch.from_numpy, arrays))), most))

@@ -23,7 +23,7 @@ from dspark.kernels.reference.row_attention import row_attention
 
 log = logging.getLogger(__name__)
 
-_TRITON_WIDTHS = range(16, 257)
+_TRITON_WIDTHS = range(8, 257)
 _TRITON_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_SHARING = 16  # query heads of one KV head: a tile of eight rows has them all
 
@@ -190,6 +190,18 @@ def has_triton(device: torch.device) -> bool:
         raise ConfigError(f"DSPARK_KERNELS is triton, but {problem}")
     _explain(f"the torch reference serves {device.type}: {problem}", unserved=True)
     return False
+
+
+def serves_with_triton(
+    dtype: torch.dtype, device: torch.device, width: int, heads: int, kv_heads: int
+) -> bool:
+    """Whether Triton's kernels serve attention of this kind here."""
+    return (
+        has_triton(device)
+        and dtype in _TRITON_TYPES
+        and width in _TRITON_WIDTHS
+        and heads <= _MOST_SHARING * kv_heads
+    )
 
 
 def _interpreted() -> bool:

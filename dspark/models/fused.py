@@ -24,7 +24,7 @@ from dspark.models.families import layer_window
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.packed_linear import can_pack
 
-_FAMILIES = {"llama", "qwen2", "qwen3", "mistral"}
+FAMILIES = {"llama", "qwen2", "qwen3", "mistral"}  # of this shape
 
 
 class FusedLayers:
@@ -58,7 +58,7 @@ class FusedLayers:
         config: Any, layers: Any, rotary: Any, dtype: torch.dtype, device: torch.device
     ) -> bool:
         """Whether this loop computes what the layers' own modules do."""
-        if config.model_type not in _FAMILIES or not can_pack(dtype, device):
+        if config.model_type not in FAMILIES or not can_pack(dtype, device):
             return False
         width = layers[0].self_attn.head_dim
         multiples = (config.hidden_size, config.intermediate_size)
@@ -109,7 +109,7 @@ class FusedDecoder:
         """Whether this loop computes what the model's own modules do."""
         config, decoder = model.config.get_text_config(), model.get_decoder()
         # Other families' decoders need not even have the parts that are looked at below.
-        return config.model_type in _FAMILIES and FusedLayers.fits(
+        return config.model_type in FAMILIES and FusedLayers.fits(
             config, decoder.layers, decoder.rotary_emb, model.dtype, model.device
         )
 

@@ -33,8 +33,17 @@ class PagedKVCache:
     ) -> None:
         """Store rows at `slots`."""
         if layer not in self._layers:
-            self._layers[layer] = new_store(self.num_pages, keys, values, self.device)
+            self.allocate(layer, keys, values)
         self._layers[layer].write(keys, values, slots)
+
+    def allocate(
+        self,
+        layer: int,
+        keys: torch.Tensor,  # [any, G, D]
+        values: torch.Tensor,  # [any, G, Dv]
+    ) -> None:
+        """Make the store of a layer, for rows such as these."""
+        self._layers[layer] = new_store(self.num_pages, keys, values, self.device)
 
     def layer(self, layer: int) -> KVStore:
         """The store of a layer that has been written."""

@@ -32,6 +32,7 @@ from dspark.models.fused import FusedDecoder
 from dspark.models.graphs import PaddedSteps
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
+from dspark.models.triton_layers import TritonDecoder
 
 ATTENTION_NAME = "dspark_paged"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -88,7 +89,7 @@ class TargetModel:
         self.tap_layer_ids = tap_layer_ids
         _check_taps(tap_layer_ids, config.num_hidden_layers)
         self._tapped: dict[int, torch.Tensor] = {}
-        self._fused: FusedDecoder | None = None
+        self._fused: FusedDecoder | TritonDecoder | None = None
         self.padded: PaddedSteps | None = None
         if fused and FusedDecoder.fits(model):
             self._fused = FusedDecoder(model)
@@ -100,6 +101,8 @@ class TargetModel:
         model.set_attn_implementation(ATTENTION_NAME)
         if can_pack(self.dtype, self.device):
             pack_linears(model)
+        if fused and TritonDecoder.fits(model):
+            self._fused = TritonDecoder(model)
         self._check_attention()
         on_cuda = self.device.type == "cuda"
         if on_cuda if padded is None else padded:
@@ -107,7 +110,7 @@ class TargetModel:
 
     @property
     def fused(self) -> bool:
-        """Whether the layers run on the C++ operators rather than as transformers' modules."""
+        """Whether the layers run on kernels of ours rather than as transformers' modules."""
         return self._fused is not None
 
     @classmethod
@@ -141,7 +144,7 @@ class TargetModel:
     @torch.inference_mode()
     def forward(self, batch: TargetBatch, kv: PagedKVCache) -> TargetOutput:
         """Run the rows of one step, writing their keys and values to `kv`."""
-        if self._fused is not None:
+        if isinstance(self._fused, FusedDecoder):
             hidden, taps = self._fused.forward(
                 batch.token_ids,
                 batch.attention,
@@ -169,7 +172,7 @@ class TargetModel:
         One call of attention serves them all where the modules run; the C++ operators take pages.
         """
         lengths = [len(text) for text in texts]
-        if self._fused is not None:
+        if isinstance(self._fused, FusedDecoder):
             pages = [pages_for(length) for length in lengths]
             ends = np.cumsum(pages) + 1
             tables = [np.arange(e - n, e, dtype=np.int32) for n, e in zip(pages, ends, strict=True)]
@@ -196,7 +199,11 @@ class TargetModel:
         logit_rows: torch.Tensor,  # [N]
         kv: PagedKVCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The modules' forward: logits [N, V], and taps [T, m·d]."""
+        """The forward of the modules, or of what stands for them: logits [N, V], taps [T, m·d]."""
+        if isinstance(self._fused, TritonDecoder) and not isinstance(plan, WholePlan):
+            assert kv is not None
+            hidden, taps = self._fused.forward(token_ids, plan, kv, logit_rows, self.tap_layer_ids)
+            return self.model.get_output_embeddings()(hidden), taps
         out = self.model(
             input_ids=token_ids[None],
             position_ids=plan.placed.positions[None],

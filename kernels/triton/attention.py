@@ -252,14 +252,17 @@ def paged_attention(
     sizes = {
         "HEADS": heads,
         "VALUE_WIDTH": value_width,
-        "BLOCK_V": triton.next_power_of_2(value_width),
+        "BLOCK_V": max(16, triton.next_power_of_2(value_width)),
         "STRETCH": config.split_keys,
         "STRETCHES": stretches,
         "HAS_FIRST": first_seen is not None,
         "HAS_SINKS": sinks is not None,
     }
     fold = heads // kv_heads
-    for tiles, most_rows in plan.tiles(max(TILE_ROWS, config.rows_long // fold)):
+    short = config.block_keys, config.warps, config.stages
+    long = config.long_block_keys, config.long_warps, config.long_stages
+    for tiles, most_rows in plan.tiles(config.long_rows // fold):
+        block_keys, warps, stages = short if most_rows == TILE_ROWS else long
         launch(
             attend_tiles,
             (len(tiles.first), kv_heads, stretches),
@@ -273,11 +276,11 @@ def paged_attention(
             **sizes,
             KV_HEADS=kv_heads, WIDTH=width, BLOCK_D=max(16, triton.next_power_of_2(width)),
             BLOCK_M=max(16, triton.next_power_of_2(most_rows * fold)),
-            BLOCK_N=config.block_keys, PAGE=PAGE_SIZE,
+            BLOCK_N=block_keys, PAGE=PAGE_SIZE,
             HAS_SOFTCAP=softcap is not None, HAS_SCALES=scales is not None,
             WIDE=INTERPRETED and query.dtype == torch.bfloat16,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if stretches > 1:
         launch(

@@ -64,43 +64,41 @@ def rotate_write_kernel(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,  # half of the width
     HAS_NORM: tl.constexpr,
-    ROUND: tl.constexpr,  # after the norm, to the type of the rows, as modules do
 ):
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)  # of queries, then keys, then values
-    d = tl.arange(0, BLOCK_D)
-    inside = d < WIDTH
-    of_row = qkv + row * ((HEADS + 2 * KV_HEADS) * WIDTH) + head * WIDTH
+    head = tl.program_id(1)  # of queries, then of keys, then of values
+    HALF: tl.constexpr = WIDTH // 2
+    h = tl.arange(0, BLOCK_H)
+    inside = h < HALF
+    of_head = qkv + row * ((HEADS + 2 * KV_HEADS) * WIDTH) + head * WIDTH
+    low = tl.load(of_head + h, mask=inside, other=0.0)
+    high = tl.load(of_head + HALF + h, mask=inside, other=0.0)
     group = head - HEADS
     if group >= KV_HEADS:
-        place = (tl.load(slots + row) * KV_HEADS + group - KV_HEADS) * WIDTH
-        value = tl.load(of_row + d, mask=inside)
-        tl.store(to_values + place + d, value.to(to_values.dtype.element_ty), mask=inside)
-        return
-    HALF: tl.constexpr = WIDTH // 2
-    other_d = tl.where(d < HALF, d + HALF, d - HALF)
-    x = tl.load(of_row + d, mask=inside, other=0.0).to(tl.float32)
-    other = tl.load(of_row + other_d, mask=inside, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        norm = query_norm if head < HEADS else key_norm
-        scale = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
-        x = (x * scale).to(ROUND).to(tl.float32)
-        other = (other * scale).to(ROUND).to(tl.float32)
-        x = (x * tl.load(norm + d, mask=inside, other=0.0).to(tl.float32)).to(ROUND)
-        other = (other * tl.load(norm + other_d, mask=inside, other=0.0).to(tl.float32)).to(ROUND)
-        x = x.to(tl.float32)
-        other = other.to(tl.float32)
-    angle = row * HALF + tl.where(d < HALF, d, d - HALF)
-    c = tl.load(cos + angle, mask=inside, other=0.0)
-    s = tl.load(sin + angle, mask=inside, other=0.0)
-    turned = x * c + tl.where(d < HALF, -other, other) * s
-    if group < 0:
-        tl.store(of_row + d, turned.to(qkv.dtype.element_ty), mask=inside)
+        to_value = to_values + (tl.load(slots + row) * KV_HEADS + group - KV_HEADS) * WIDTH
+        tl.store(to_value + h, low, mask=inside)
+        tl.store(to_value + HALF + h, high, mask=inside)
     else:
-        place = (tl.load(slots + row) * KV_HEADS + group) * WIDTH
-        tl.store(to_keys + place + d, turned.to(to_keys.dtype.element_ty), mask=inside)
+        x = low.to(tl.float32)
+        y = high.to(tl.float32)
+        if HAS_NORM:
+            norm = query_norm
+            if group >= 0:
+                norm = key_norm
+            scale = tl.rsqrt((tl.sum(x * x, 0) + tl.sum(y * y, 0)) / WIDTH + eps)
+            x = x * scale * tl.load(norm + h, mask=inside, other=0.0).to(tl.float32)
+            y = y * scale * tl.load(norm + HALF + h, mask=inside, other=0.0).to(tl.float32)
+        c = tl.load(cos + row * HALF + h, mask=inside, other=0.0)
+        s = tl.load(sin + row * HALF + h, mask=inside, other=0.0)
+        low = (x * c - y * s).to(low.dtype)
+        high = (y * c + x * s).to(low.dtype)
+        to = of_head
+        if group >= 0:
+            to = to_keys + (tl.load(slots + row) * KV_HEADS + group) * WIDTH
+        tl.store(to + h, low, mask=inside)
+        tl.store(to + HALF + h, high, mask=inside)
 
 
 def write_rows(
@@ -124,4 +122,29 @@ def write_rows(
         KV_HEADS=kv_heads, WIDTH=width, VALUE_WIDTH=value_width,
         BLOCK_D=triton.next_power_of_2(width), BLOCK_V=triton.next_power_of_2(value_width),
         HAS_SCALES=scales is not None, num_warps=1,
+    )  # fmt: skip
+
+
+def rotate_write(
+    qkv: torch.Tensor,  # [T, (H + 2G)·D], queries rotated in place
+    cos: torch.Tensor,  # [T, D/2] fp32
+    sin: torch.Tensor,  # [T, D/2] fp32
+    norms: tuple[torch.Tensor, torch.Tensor] | None,  # [D] each, of queries and keys (Qwen3)
+    eps: float,
+    keys: torch.Tensor,  # [slots, G, D]
+    values: torch.Tensor,  # [slots, G, D]
+    slots: torch.Tensor,  # [T] int64
+) -> None:
+    """Norms and rotary embedding of queries and keys; keys and values go to their slots.
+
+    fp32 in between, and one rounding at the end.
+    """
+    _, kv_heads, width = keys.shape
+    heads = qkv.shape[1] // width - 2 * kv_heads
+    query_norm, key_norm = norms or (qkv, qkv)
+    launch(
+        rotate_write_kernel, (len(qkv), heads + 2 * kv_heads),
+        qkv, keys, values, slots, cos, sin, query_norm, key_norm, eps,
+        HEADS=heads, KV_HEADS=kv_heads, WIDTH=width,
+        BLOCK_H=triton.next_power_of_2(width // 2), HAS_NORM=norms is not None, num_warps=1,
     )  # fmt: skip

@@ -22,11 +22,14 @@ _FILE = Path(__file__).with_suffix(".json")
 class AttentionConfig:
     """Of attention over pages."""
 
-    block_keys: int  # that a program reads at once
     split_keys: int  # of a stretch: its program's share of a long sequence
-    rows_long: int  # rows times heads of a prompt's tile
+    block_keys: int  # that a program reads at once
     warps: int
     stages: int
+    long_rows: int  # rows times heads of a prompt's tile, and the same three for it
+    long_block_keys: int
+    long_warps: int
+    long_stages: int
 
 
 def attention_config(device: torch.device, width: int) -> AttentionConfig:

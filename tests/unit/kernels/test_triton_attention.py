@@ -28,7 +28,7 @@ from dspark.kernels.triton.launch_configs import AttentionConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Stretches of two pages, so that short contexts cross their bounds.
-SMALL = AttentionConfig(block_keys=16, split_keys=32, rows_long=32, warps=4, stages=1)
+SMALL = AttentionConfig(32, 16, 4, 1, long_rows=32, long_block_keys=16, long_warps=4, long_stages=1)
 # The two sum in other orders, fp32 throughout; the others round weights to their type, and results.
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

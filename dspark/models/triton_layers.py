@@ -1,0 +1,156 @@
+"""The layers of Llama-shaped models on Triton's kernels: a third of the modules' launches.
+
+    x += Δ;  h = norm(x);  qkv = h W_qkv;  rotate, write;  Δ = attention(qkv) W_o
+    x += Δ;  h = norm(x);  Δ = (silu(h W_gate) ⊙ h W_up) W_down
+
+Products are torch's. Matrices that read the same rows are one; the modules' weights become views of
+it, so that the modules can still be run and nothing is held twice.
+
+Symbols as in dspark.models.target; H query heads, G KV heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dspark.kernels.attention_plan import AttentionPlan, RowPlan
+from dspark.kernels.dispatch import TritonStore, serves_with_triton
+from dspark.models.families import layer_window
+from dspark.models.fused import FAMILIES
+from dspark.models.kv_cache import PagedKVCache
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    norms: tuple[torch.Tensor, torch.Tensor] | None  # of queries and keys
+    out: nn.Linear
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down: nn.Linear
+    window: int | None
+
+
+class TritonDecoder:
+    """A decoder's layers and final norm, for steps over pages."""
+
+    def __init__(self, model: Any) -> None:
+        """Makes views of the weights of `model`."""
+        config, decoder = model.config.get_text_config(), model.get_decoder()
+        attention = decoder.layers[0].self_attn
+        self._embedding: torch.Tensor = decoder.embed_tokens.weight
+        self._final_norm: torch.Tensor = decoder.norm.weight
+        self._rotary = decoder.rotary_emb
+        self._heads: int = config.num_attention_heads
+        self._kv_heads: int = config.num_key_value_heads
+        self._width: int = attention.head_dim
+        self._scale: float = attention.scaling
+        self._eps: float = config.rms_norm_eps
+        self._layers = [
+            _layer(layer, layer_window(config, i)) for i, layer in enumerate(decoder.layers)
+        ]
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Whether this loop computes what the model's own modules do."""
+        config, decoder = model.config.get_text_config(), model.get_decoder()
+        if config.model_type not in FAMILIES or config.hidden_act != "silu":
+            return False
+        width: int = decoder.layers[0].self_attn.head_dim
+        return len(decoder.rotary_emb.inv_freq) == width // 2 and serves_with_triton(
+            model.dtype, model.device, width, config.num_attention_heads, config.num_key_value_heads
+        )
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,  # [T]
+        plan: AttentionPlan | RowPlan,
+        kv: PagedKVCache,
+        logit_rows: torch.Tensor,  # [N]
+        tap_layer_ids: Sequence[int],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Normed hidden states [N, d] of the logit rows, and taps [T, m·d] side by side."""
+        from dspark.kernels.triton.attention import paged_attention
+        from dspark.kernels.triton.cache_write import rotate_write
+        from dspark.kernels.triton.rows import add_rms_norm, silu_mul
+
+        placed, eps, mixed_width = plan.placed, self._eps, self._heads * self._width
+        x = F.embedding(token_ids, self._embedding)
+        angles = placed.positions.float()[:, None] * self._rotary.inv_freq.float()
+        scaling = self._rotary.attention_scaling
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        delta: torch.Tensor | None = None
+        taps: dict[int, torch.Tensor] = {}
+        for i, layer in enumerate(self._layers):
+            h = add_rms_norm(x, delta, layer.input_norm, eps)
+            qkv = F.linear(h, layer.qkv, layer.qkv_bias)
+            store = self._store(kv, i, qkv)
+            rotate_write(qkv, cos, sin, layer.norms, eps, store.keys, store.values, placed.slots)
+            query = qkv[:, :mixed_width].unflatten(1, (self._heads, self._width))
+            mixed = paged_attention(
+                query, store.keys, store.values, plan, scale=self._scale, window=layer.window
+            )
+            delta = layer.out(mixed.flatten(1))
+            h = add_rms_norm(x, delta, layer.mlp_norm, eps)
+            delta = layer.down(silu_mul(F.linear(h, layer.gate_up, layer.gate_up_bias)))
+            if i in tap_layer_ids:
+                x, delta = x + delta, None
+                taps[i] = x.clone()
+        if len(logit_rows) < len(x):
+            x, delta = x[logit_rows], None if delta is None else delta[logit_rows]
+        hidden = add_rms_norm(x, delta, self._final_norm, eps)
+        if not tap_layer_ids:
+            return hidden, None
+        return hidden, torch.cat([taps[i] for i in tap_layer_ids], dim=-1)
+
+    def _store(self, kv: PagedKVCache, layer: int, qkv: torch.Tensor) -> TritonStore:
+        if not kv.holds(layer):
+            like = qkv.new_empty(0, self._kv_heads, self._width)
+            kv.allocate(layer, like, like)
+        store = kv.layer(layer)
+        assert isinstance(store, TritonStore)  # as fits() has asked
+        return store
+
+
+def _layer(layer: Any, window: int | None) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, qkv_bias = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
+    gate_up, gate_up_bias = _joined(mlp.gate_proj, mlp.up_proj)
+    norms = None
+    if hasattr(attention, "q_norm"):
+        norms = attention.q_norm.weight, attention.k_norm.weight
+    return _Layer(
+        input_norm=layer.input_layernorm.weight,
+        qkv=qkv,
+        qkv_bias=qkv_bias,
+        norms=norms,
+        out=attention.o_proj,
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=gate_up,
+        gate_up_bias=gate_up_bias,
+        down=mlp.down_proj,
+        window=window,
+    )
+
+
+def _joined(*parts: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of one product in the place of several, whose own become views."""
+    sizes = [part.out_features for part in parts]
+    weight = torch.cat([part.weight.data for part in parts])
+    for part, view in zip(parts, weight.split(sizes), strict=True):
+        part.weight.data = view
+    if parts[0].bias is None:
+        return weight, None
+    bias = torch.cat([part.bias.data for part in parts])
+    for part, view in zip(parts, bias.split(sizes), strict=True):
+        part.bias.data = view
+    return weight, bias

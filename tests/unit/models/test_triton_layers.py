@@ -1,0 +1,92 @@
+"""Targets on Triton's kernels say what the modules say, and are what the engine runs on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.steps import STEPS, Cache
+from helpers.tiny import TAPS, hf_model
+
+from dspark.kernels.dispatch import RowStore, TritonStore
+from dspark.models.target import TargetModel
+
+pytest.importorskip("triton")
+from dspark.kernels.triton.launch import launches
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},  # biases
+    "qwen3": {},  # norms of queries and keys
+    "mistral": {"sliding_window": 12},
+}
+
+
+def target_on(
+    kernels: str, monkeypatch: pytest.MonkeyPatch, family: str, *, fused: bool, padded: bool
+) -> TargetModel:
+    monkeypatch.setenv("DSPARK_KERNELS", kernels)
+    model = hf_model(family, vocab=64, **FAMILIES.get(family, {}))
+    return TargetModel(model, TAPS, fused=fused, padded=padded)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loop_says_what_the_modules_say(
+    family: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = Cache(), Cache()
+    plain = target_on("reference", monkeypatch, family, fused=False, padded=False)
+    wants = [a.step(plain, rows) for rows in STEPS]
+    ours = target_on("triton", monkeypatch, family, fused=True, padded=padded)
+    assert ours.fused
+    launches.clear()
+    for rows, want in zip(STEPS, wants, strict=True):
+        got = b.step(ours, rows)
+        # fp32; sums in other orders
+        torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(got.taps, want.taps, atol=1e-4, rtol=1e-4)
+    layers = ours.num_layers
+    assert launches["attend_tiles"] >= len(STEPS) * layers
+    assert launches["rotate_write_kernel"] == len(STEPS) * layers
+    assert launches["add_rms_norm_kernel"] == len(STEPS) * (2 * layers + 1)
+    assert type(a.kv.layer(0)) is RowStore
+    assert type(b.kv.layer(0)) is TritonStore
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_modules_of_other_families_attend_with_the_kernels(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra: dict[str, dict[str, Any]] = {
+        "gemma2": {"sliding_window": 12, "attn_logit_softcapping": 2.0},
+        "gpt_oss": {"sliding_window": 12, "num_local_experts": 2, "num_experts_per_tok": 1},
+    }
+    found = []
+    for kernels in ("reference", "triton"):
+        monkeypatch.setenv("DSPARK_KERNELS", kernels)
+        launches.clear()
+        target = TargetModel(hf_model(family, vocab=64, **extra[family]), TAPS, padded=True)
+        cache = Cache()
+        found.append(torch.cat([cache.step(target, rows).logits for rows in STEPS]))
+        assert not target.fused
+        assert bool(launches["attend_tiles"]) == (kernels == "triton")
+        assert bool(launches["write_kernel"]) == (kernels == "triton")
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+
+
+def test_modules_can_still_be_run_and_hold_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole sequences, as training takes them, go through the modules."""
+    texts = [torch.arange(20) % 64, torch.arange(7)]
+    rows = torch.arange(27)
+    plain = target_on("reference", monkeypatch, "qwen2", fused=False, padded=False)
+    want = plain.forward_whole(texts, rows)
+    ours = target_on("triton", monkeypatch, "qwen2", fused=True, padded=False)
+    got = ours.forward_whole(texts, rows)
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-5, rtol=1e-5)
+    attention = ours.model.get_decoder().layers[0].self_attn
+    storages = {
+        p.untyped_storage().data_ptr() for p in (attention.q_proj.weight, attention.v_proj.weight)
+    }
+    assert len(storages) == 1
