@@ -121,7 +121,8 @@ def _sizes(target: TargetModel, grid: Grid) -> tuple[int, ...]:
     """What steps are padded to, whatever their context; empty where none are."""
     if target.padded is None or target.padded.failed:
         return ()
-    return padded_rows(pages_for(grid.contexts[-1] + grid.rows[-1]))
+    pages = pages_for(grid.contexts[-1] + grid.rows[-1])
+    return padded_rows(pages, gathers=target.padded.gathers)
 
 
 def _step_ms(target: TargetModel, kv: PagedKVCache, cell: Cell) -> float:

@@ -23,6 +23,7 @@ from dspark.engine.profiling import Grid, profile_steps, speed_now
 from dspark.errors import StepTableError
 from dspark.kernels.cpu import operators
 from dspark.kernels.cpu.library import cpu_name, instruction_set
+from dspark.kernels.dispatch import has_triton
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetModel
 from dspark.scheduling.step_table import MAX_TABLE_BYTES, StepTimeTable
@@ -30,7 +31,7 @@ from dspark.scheduling.step_table import MAX_TABLE_BYTES, StepTimeTable
 log = logging.getLogger(__name__)
 
 # To be raised when what a step does, or how one is measured, changes between two releases.
-STEP_VERSION = 1
+STEP_VERSION = 2
 _WORLD_SIZE = 1  # processes that share a step
 _FAR_OFF = 1.3  # times as fast or slow as a kept table: other things than speed may have changed
 
@@ -146,6 +147,7 @@ def fingerprint(target: TargetModel, grid: Grid) -> str:
 def _device(device: torch.device) -> tuple[object, ...]:
     """A GPU waits for the CPU that launches its work, so that one counts everywhere."""
     if device.type == "cuda":
-        return cpu_name(), torch.cuda.get_device_name(device), torch.version.cuda
+        gpu = torch.cuda.get_device_name(device), torch.version.cuda, has_triton(device)
+        return cpu_name(), *gpu
     instructions = instruction_set() if operators.available() else None
     return cpu_name(), device.type, instructions, torch.get_num_threads()

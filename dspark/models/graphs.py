@@ -39,8 +39,10 @@ from dspark.models.kv_cache import NOWHERE, PagedKVCache
 log = logging.getLogger(__name__)
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-# Keys that the rows gather, in all: beyond, copying them takes longer than launches would.
-_MOST_KEYS = 1 << 16
+# Keys that the rows gather, in all: beyond, copying them takes longer than launches would. Kernels
+# that gather nothing are bounded by the tables that a step takes over.
+_MOST_GATHERED = 1 << 16
+_MOST_KEYS = 1 << 22
 _MOST_GRAPHS = 64  # of one cache; the least recently used goes
 _WARM_UPS = 2  # libraries choose their kernels, and make their workspaces, in the first runs
 
@@ -50,19 +52,23 @@ Output = tuple[torch.Tensor, torch.Tensor | None]  # logits [N, V] and taps [T, 
 Forward = Callable[[torch.Tensor, RowPlan, torch.Tensor, PagedKVCache], Output]
 
 
-def bucket(plan: AttentionPlan) -> Shape | None:
+def bucket(plan: AttentionPlan, *, gathers: bool = True) -> Shape | None:
     """The padded shape of a step; None for one that is better run as it is."""
     rows, width = len(plan.reach), plan.tables.shape[1]
     if max(plan.row_counts) > FEW_ROWS or rows > ROW_BUCKETS[-1]:
         return None
     rows, width = next(size for size in ROW_BUCKETS if size >= rows), _padded_width(width)
-    return (rows, width) if rows * width * PAGE_SIZE <= _MOST_KEYS else None
+    return (rows, width) if rows * width * PAGE_SIZE <= _most_keys(gathers) else None
 
 
-def padded_rows(width: int) -> tuple[int, ...]:
+def padded_rows(width: int, *, gathers: bool = True) -> tuple[int, ...]:
     """The sizes that rows are padded to where the longest sequence has `width` pages."""
-    most = _MOST_KEYS // (_padded_width(width) * PAGE_SIZE)
+    most = _most_keys(gathers) // (_padded_width(width) * PAGE_SIZE)
     return tuple(rows for rows in ROW_BUCKETS if rows <= most)
+
+
+def _most_keys(gathers: bool) -> int:
+    return _MOST_GATHERED if gathers else _MOST_KEYS
 
 
 def _padded_width(width: int) -> int:
@@ -72,9 +78,15 @@ def _padded_width(width: int) -> int:
 class PaddedSteps:
     """The padded steps of one target, over any number of caches."""
 
-    def __init__(self, forward: Forward, device: torch.device, *, capture: bool) -> None:
-        """`capture`: whether graphs are made; `device` must be a CUDA device then."""
+    def __init__(
+        self, forward: Forward, device: torch.device, *, capture: bool, gathers: bool = True
+    ) -> None:
+        """`capture`: whether graphs are made; `device` must be a CUDA device then.
+
+        `gathers`: whether attention copies the keys that rows see.
+        """
         self._forward = forward
+        self.gathers = gathers
         self._device = device
         self._side = torch.cuda.Stream(device) if capture else None  # where warm-ups run
         self._caches: WeakKeyDictionary[PagedKVCache, _Captured] = WeakKeyDictionary()
@@ -95,7 +107,7 @@ class PaddedSteps:
         kv: PagedKVCache,
     ) -> Output | None:
         """The step's output, or None if it is not one for padding."""
-        shape = bucket(plan)
+        shape = bucket(plan, gathers=self.gathers)
         # A graph knows where the cache lies: its memory must be there before.
         if shape is None or self.failed or not kv.allocated:
             return None

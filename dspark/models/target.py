@@ -26,6 +26,7 @@ from dspark.kernels.attention_plan import (
     pages_for,
     plan_attention,
 )
+from dspark.kernels.dispatch import serves_with_triton
 from dspark.kernels.reference.whole_attention import whole_attention
 from dspark.kernels.transfer import to_device
 from dspark.models.fused import FusedDecoder
@@ -106,7 +107,9 @@ class TargetModel:
         self._check_attention()
         on_cuda = self.device.type == "cuda"
         if on_cuda if padded is None else padded:
-            self.padded = PaddedSteps(self._run, self.device, capture=on_cuda)
+            self.padded = PaddedSteps(
+                self._run, self.device, capture=on_cuda, gathers=not self._on_triton()
+            )
 
     @property
     def fused(self) -> bool:
@@ -129,6 +132,20 @@ class TargetModel:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot load the target {str(path)!r}: {error}") from error
         return cls(model.to(device), tap_layer_ids)
+
+    def _on_triton(self) -> bool:
+        """Whether Triton's kernels serve the attention of every layer."""
+        config = self.config
+        widths = {
+            getattr(layer.self_attn, "head_dim", 0) for layer in self.model.get_decoder().layers
+        }
+        return all(
+            serves_with_triton(
+                self.dtype, self.device, width, config.num_attention_heads,
+                config.num_key_value_heads,
+            )
+            for width in widths
+        )  # fmt: skip
 
     def _check_attention(self) -> None:
         """Run one token; CheckpointError unless every layer's attention reads our pages."""
