@@ -34,7 +34,15 @@ class AttentionConfig:
 
 def attention_config(device: torch.device, width: int) -> AttentionConfig:
     """For heads of `width`."""
-    entries = _entries("attention", _capability(device))
+    return config_for("attention", _capability(device), width)
+
+
+@cache
+def config_for(kernel: str, capability: int, width: int) -> AttentionConfig:
+    """The same for a GPU by name, such as 90."""
+    known: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))[kernel]
+    older = [name for name in known if int(name) <= capability]
+    entries = known[max(older, key=int) if older else min(known, key=int)]
     return AttentionConfig(**entries[min((w for w in entries if int(w) >= width), key=int)])
 
 
@@ -45,11 +53,3 @@ def _capability(device: torch.device) -> int:
         return 1000
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-@cache
-def _entries(kernel: str, capability: int) -> dict[str, dict[str, int]]:
-    known: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))[kernel]
-    older = [name for name in known if int(name) <= capability]
-    named: dict[str, dict[str, int]] = known[max(older, key=int) if older else min(known, key=int)]
-    return named

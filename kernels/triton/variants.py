@@ -1,0 +1,199 @@
+"""The variants of every kernel that deployments run, for compiling them where there is no GPU.
+
+A variant is what a launch at a certain shape compiles: types of the arguments, and values of those
+that are known at compile time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dspark.kernels.attention_plan import PAGE_SIZE, TILE_ROWS
+from dspark.kernels.triton import attention, cache_write, rows
+from dspark.kernels.triton.launch_configs import config_for
+
+CAPABILITIES = (75, 80, 86, 89, 90)
+_FP8_FROM = 89
+_FP8_SPILLS = 64  # bytes: it is scaled back in registers
+
+Value = int | bool | str | None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of one kernel."""
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]  # of the arguments that are given at a launch, as Triton writes them
+    values: Mapping[str, Value]  # of the others
+    warps: int = 4
+    stages: int = 1
+    least_capability: int = 0
+    spills: int = 0  # bytes of local memory that a thread may use
+
+    def compiled(self, capability: int) -> Any:
+        """Triton's result, for that GPU."""
+        names = self.kernel.arg_names
+        signature = {name: self.types.get(name, "constexpr") for name in names}
+        # as launches find them: torch's tensors begin at multiples of 16 bytes
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if signature[name].startswith("*")
+        }
+        source = ASTSource(self.kernel, signature, dict(self.values), aligned)
+        return triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": self.warps, "num_stages": self.stages},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Of a family of models."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    width: int
+
+
+HEADS = (
+    Heads("SmolLM2-135M", 9, 3, 64),
+    Heads("Qwen3-8B", 32, 8, 128),
+    Heads("Gemma-2-2B", 8, 4, 256),
+)
+
+
+def all_variants(capability: int) -> Iterator[Variant]:
+    """What is compiled for one GPU: launch configurations differ."""
+    for make in _MAKERS:
+        for variant in make(capability):
+            if capability >= variant.least_capability:
+                yield variant
+
+
+def _attention(capability: int) -> Iterator[Variant]:
+    for heads in HEADS:
+        for long in (False, True):
+            yield _attend(heads, capability, long=long, kind="bf16")
+    qwen, gemma = HEADS[1], HEADS[2]
+    yield _attend(qwen, capability, long=False, kind="fp16", stretches=1)
+    yield _attend(gemma, capability, long=False, kind="bf16", everything=True)
+    yield _attend(qwen, capability, long=False, kind="fp8", key_type="*fp8e4nv", scales=True)
+    yield Variant(
+        "merge_stretches bf16 128",
+        attention.merge_stretches,
+        {
+            "out": "*bf16", "partial": "*fp32", "partial_lse": "*fp32", "reach": "*i64",
+            "first_seen": "*i64", "sinks": "*fp32",
+        },
+        {
+            "HEADS": 32, "VALUE_WIDTH": 128, "BLOCK_V": 128, "STRETCH": 512, "STRETCHES": 16,
+            "HAS_FIRST": False, "HAS_SINKS": False,
+        },
+        warps=1,
+    )  # fmt: skip
+
+
+def _attend(
+    heads: Heads,
+    capability: int,
+    *,
+    long: bool,
+    kind: str,
+    key_type: str | None = None,
+    stretches: int = 16,
+    everything: bool = False,
+    scales: bool = False,
+) -> Variant:
+    config = config_for("attention", capability, heads.width)
+    fold = heads.heads // heads.kv_heads
+    most_rows = max(1, config.long_rows // fold) if long else TILE_ROWS
+    row_type = "*fp16" if kind == "fp16" else "*bf16"
+    pointers = {
+        "out": row_type, "partial": "*fp32", "partial_lse": "*fp32", "query": row_type,
+        "keys": key_type or row_type, "values": key_type or row_type, "tile_first": "*i32",
+        "tile_rows": "*i32", "tile_sequence": "*i32", "tables": "*i32", "reach": "*i64",
+        "first_seen": "*i64", "sinks": "*fp32", "key_scales": "*fp32", "value_scales": "*fp32",
+        "query_stride": "i32", "table_width": "i32", "scale_log2": "fp32", "softcap": "fp32",
+    }  # fmt: skip
+    what = "prompt" if long else "block"
+    return Variant(
+        f"attend_tiles {heads.name} {kind} {what}" + (" all options" if everything else ""),
+        attention.attend_tiles,
+        pointers,
+        {
+            "HEADS": heads.heads, "KV_HEADS": heads.kv_heads, "WIDTH": heads.width,
+            "VALUE_WIDTH": heads.width, "BLOCK_D": heads.width, "BLOCK_V": heads.width,
+            "BLOCK_M": max(16, triton.next_power_of_2(most_rows * fold)),
+            "BLOCK_N": config.long_block_keys if long else config.block_keys,
+            "PAGE": PAGE_SIZE, "STRETCH": config.split_keys, "STRETCHES": stretches,
+            "HAS_FIRST": everything, "HAS_SINKS": everything, "HAS_SOFTCAP": everything,
+            "HAS_SCALES": scales, "WIDE": False, "PRECISION": "tf32",
+        },
+        warps=config.long_warps if long else config.warps,
+        stages=config.long_stages if long else config.stages,
+        least_capability=_FP8_FROM if scales else 0,
+        spills=_FP8_SPILLS if scales else 0,
+    )  # fmt: skip
+
+
+def _rows(capability: int) -> Iterator[Variant]:
+    del capability
+    yield Variant(
+        "write_kernel bf16 128",
+        cache_write.write_kernel,
+        {
+            "to_keys": "*bf16", "to_values": "*bf16", "keys": "*bf16", "values": "*bf16",
+            "slots": "*i64", "key_scales": "*fp32", "value_scales": "*fp32", "key_row": "i32",
+            "key_head": "i32", "value_row": "i32", "value_head": "i32",
+        },
+        {
+            "KV_HEADS": 8, "WIDTH": 128, "VALUE_WIDTH": 128, "BLOCK_D": 128, "BLOCK_V": 128,
+            "HAS_SCALES": False,
+        },
+        warps=1,
+    )  # fmt: skip
+    for heads in HEADS[:2]:
+        yield Variant(
+            f"rotate_write_kernel {heads.name} bf16",
+            cache_write.rotate_write_kernel,
+            {
+                "qkv": "*bf16", "to_keys": "*bf16", "to_values": "*bf16", "slots": "*i64",
+                "cos": "*fp32", "sin": "*fp32", "query_norm": "*bf16", "key_norm": "*bf16",
+                "eps": "fp32",
+            },
+            {
+                "HEADS": heads.heads, "KV_HEADS": heads.kv_heads, "WIDTH": heads.width,
+                "BLOCK_H": heads.width // 2, "HAS_NORM": heads.width == 128,
+            },
+            warps=1,
+        )  # fmt: skip
+    yield Variant(
+        "add_rms_norm_kernel bf16 4096",
+        rows.add_rms_norm_kernel,
+        {
+            "out": "*bf16", "residual": "*bf16", "delta": "*bf16", "weight": "*bf16",
+            "eps": "fp32",
+        },
+        {"WIDTH": 4096, "BLOCK": 4096, "HAS_DELTA": True},
+        warps=8,
+    )  # fmt: skip
+    yield Variant(
+        "silu_mul_kernel bf16 12288",
+        rows.silu_mul_kernel,
+        {"out": "*bf16", "gate_up": "*bf16"},
+        {"WIDTH": 12_288, "BLOCK": 1024},
+    )
+
+
+_MAKERS: tuple[Callable[[int], Iterator[Variant]], ...] = (_attention, _rows)
