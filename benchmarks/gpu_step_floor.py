@@ -4,7 +4,8 @@
 
 The floor is the bytes of all weights that a step reads (the embedding's rows aside) over the rate
 of a large copy, measured in the same run. Models are random, in bf16. --modules: transformers' own
-modules in place of our loop, attention and all else being the same.
+modules in place of our loop, attention and all else being the same. --batch-invariant: with
+products that sum every row in one order.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--modules", action="store_true")
+    parser.add_argument("--batch-invariant", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("there is no CUDA device here: steps are timed on a GPU only")
@@ -85,7 +87,9 @@ def main() -> None:
         config = AutoConfig.for_model("qwen3", **_QWEN3, **MODELS[name])
         with torch.device("cuda"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        target = TargetModel(model, fused=not options.modules)
+        target = TargetModel(
+            model, fused=not options.modules, batch_invariant=options.batch_invariant
+        )
         read = sum(p.numel() * p.element_size() for p in model.parameters())
         if not config.tie_word_embeddings:
             read -= model.get_input_embeddings().weight.numel() * 2

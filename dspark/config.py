@@ -55,6 +55,9 @@ class ModelConfig:
     dtype: str = "bfloat16"
     device: str = "cpu"
     threads: int = 0  # torch threads of a replica; 0: torch's own choice
+    # What a request says is the same to the bit whatever else is in a step. Always so on the CPU's
+    # bfloat16 operators; on a GPU it takes kernels that are slower.
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):

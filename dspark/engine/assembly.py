@@ -89,6 +89,7 @@ def load_target(model: ModelConfig) -> LoadedTarget:
         dtype=dtype,
         device=model.device,
         tap_layer_ids=() if config is None else config.target_layer_ids,
+        batch_invariant=model.batch_invariant,
     )
     projection = None
     if folder is not None and reads_tokens:

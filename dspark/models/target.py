@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from dspark.errors import CheckpointError
+from dspark.errors import CheckpointError, ConfigError
 from dspark.kernels.attention_plan import (
     AttentionPlan,
     RowPlan,
@@ -71,8 +71,13 @@ class TargetModel:
         *,
         fused: bool = True,
         padded: bool | None = None,
+        batch_invariant: bool = False,
     ) -> None:
-        """`padded`: whether steps of few rows are padded (models.graphs); None: on CUDA."""
+        """`padded`: whether steps of few rows are padded (models.graphs); None: on CUDA.
+
+        `batch_invariant`: what a row says must not depend on the rows beside it, to the bit;
+        ConfigError where that cannot be had.
+        """
         config = model.config.get_text_config()
         _refuse_unsupported(config)
         self.model = model.eval().requires_grad_(False)
@@ -103,7 +108,13 @@ class TargetModel:
         if can_pack(self.dtype, self.device):
             pack_linears(model)
         if fused and TritonDecoder.fits(model):
-            self._fused = TritonDecoder(model)
+            self._fused = TritonDecoder(model, batch_invariant=batch_invariant)
+        elif batch_invariant:
+            raise ConfigError(
+                f"batch_invariant: a {config.model_type} in {self.dtype} on {self.device.type} runs "
+                "on kernels that sum a row by how many rows there are; it can be had for the "
+                "families of Llama's shape, in bfloat16 on a CPU or with Triton on a GPU"
+            )
         self._check_attention()
         on_cuda = self.device.type == "cuda"
         if on_cuda if padded is None else padded:
@@ -124,6 +135,7 @@ class TargetModel:
         dtype: torch.dtype = torch.bfloat16,
         device: str = "cpu",
         tap_layer_ids: tuple[int, ...] = (),
+        batch_invariant: bool = False,
     ) -> TargetModel:
         """Load a local folder or a hub id; CheckpointError if it cannot be used."""
         try:
@@ -131,7 +143,7 @@ class TargetModel:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot load the target {str(path)!r}: {error}") from error
-        return cls(model.to(device), tap_layer_ids)
+        return cls(model.to(device), tap_layer_ids, batch_invariant=batch_invariant)
 
     def _on_triton(self) -> bool:
         """Whether Triton's kernels serve the attention of every layer."""
@@ -220,7 +232,8 @@ class TargetModel:
         if isinstance(self._fused, TritonDecoder) and not isinstance(plan, WholePlan):
             assert kv is not None
             hidden, taps = self._fused.forward(token_ids, plan, kv, logit_rows, self.tap_layer_ids)
-            return self.model.get_output_embeddings()(hidden), taps
+            head = self.model.get_output_embeddings()
+            return self._fused.linear(hidden, head.weight, head.bias), taps
         out = self.model(
             input_ids=token_ids[None],
             position_ids=plan.placed.positions[None],

@@ -11,7 +11,7 @@ Symbols as in dspark.models.target; H query heads, G KV heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from dspark.kernels.dispatch import TritonStore, serves_with_triton
 from dspark.models.families import layer_window
 from dspark.models.fused import FAMILIES
 from dspark.models.kv_cache import PagedKVCache
+
+# Of rows [T, K], a weight [N, K] and a bias [N] or None.
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +46,13 @@ class _Layer:
 class TritonDecoder:
     """A decoder's layers and final norm, for steps over pages."""
 
-    def __init__(self, model: Any) -> None:
-        """Makes views of the weights of `model`."""
+    def __init__(self, model: Any, *, batch_invariant: bool = False) -> None:
+        """Makes views of the weights of `model`.
+
+        `batch_invariant`: products by our kernel and attention in tiles of one size, so that what
+        a row says does not depend on the rows beside it, to the bit.
+        """
+        self._invariant = batch_invariant
         config, decoder = model.config.get_text_config(), model.get_decoder()
         attention = decoder.layers[0].self_attn
         self._embedding: torch.Tensor = decoder.embed_tokens.weight
@@ -83,6 +91,7 @@ class TritonDecoder:
         from dspark.kernels.triton.cache_write import rotate_write
         from dspark.kernels.triton.rows import add_rms_norm, silu_mul
 
+        linear = self.linear
         placed, eps, mixed_width = plan.placed, self._eps, self._heads * self._width
         x = F.embedding(token_ids, self._embedding)
         angles = placed.positions.float()[:, None] * self._rotary.inv_freq.float()
@@ -92,16 +101,18 @@ class TritonDecoder:
         taps: dict[int, torch.Tensor] = {}
         for i, layer in enumerate(self._layers):
             h = add_rms_norm(x, delta, layer.input_norm, eps)
-            qkv = F.linear(h, layer.qkv, layer.qkv_bias)
+            qkv = linear(h, layer.qkv, layer.qkv_bias)
             store = self._store(kv, i, qkv)
             rotate_write(qkv, cos, sin, layer.norms, eps, store.keys, store.values, placed.slots)
             query = qkv[:, :mixed_width].unflatten(1, (self._heads, self._width))
             mixed = paged_attention(
-                query, store.keys, store.values, plan, scale=self._scale, window=layer.window
-            )
-            delta = layer.out(mixed.flatten(1))
+                query, store.keys, store.values, plan,
+                scale=self._scale, window=layer.window, one_size=self._invariant,
+            )  # fmt: skip
+            delta = linear(mixed.flatten(1), layer.out.weight, layer.out.bias)
             h = add_rms_norm(x, delta, layer.mlp_norm, eps)
-            delta = layer.down(silu_mul(F.linear(h, layer.gate_up, layer.gate_up_bias)))
+            act = silu_mul(linear(h, layer.gate_up, layer.gate_up_bias))
+            delta = linear(act, layer.down.weight, layer.down.bias)
             if i in tap_layer_ids:
                 x, delta = x + delta, None
                 taps[i] = x.clone()
@@ -111,6 +122,15 @@ class TritonDecoder:
         if not tap_layer_ids:
             return hidden, None
         return hidden, torch.cat([taps[i] for i in tap_layer_ids], dim=-1)
+
+    @property
+    def linear(self) -> Linear:
+        """The product that the layers use, and that the LM head has to."""
+        if not self._invariant:
+            return F.linear
+        from dspark.kernels.triton.linear import linear
+
+        return linear
 
     def _store(self, kv: PagedKVCache, layer: int, qkv: torch.Tensor) -> TritonStore:
         if not kv.holds(layer):

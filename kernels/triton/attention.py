@@ -232,6 +232,7 @@ def paged_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,  # [H] a logit that joins the softmax and is dropped
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,  # [G] fp32 each, of fp8 keys, values
+    one_size: bool = False,  # prompts in tiles of few rows, too
     config: AttentionConfig | None = None,  # the device's own, unless told
 ) -> torch.Tensor:  # [T, H, Dv]
     """softmax(scale · q kᵀ) v over each row's visible keys."""
@@ -261,7 +262,7 @@ def paged_attention(
     fold = heads // kv_heads
     short = config.block_keys, config.warps, config.stages
     long = config.long_block_keys, config.long_warps, config.long_stages
-    for tiles, most_rows in plan.tiles(config.long_rows // fold):
+    for tiles, most_rows in plan.tiles(0 if one_size else config.long_rows // fold):
         block_keys, warps, stages = short if most_rows == TILE_ROWS else long
         launch(
             attend_tiles,

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dspark.kernels.attention_plan import PAGE_SIZE, TILE_ROWS
-from dspark.kernels.triton import attention, cache_write, rows
+from dspark.kernels.triton import attention, cache_write, linear, rows
 from dspark.kernels.triton.launch_configs import config_for
 
 CAPABILITIES = (75, 80, 86, 89, 90)
@@ -196,4 +196,19 @@ def _rows(capability: int) -> Iterator[Variant]:
     )
 
 
-_MAKERS: tuple[Callable[[int], Iterator[Variant]], ...] = (_attention, _rows)
+def _linear(capability: int) -> Iterator[Variant]:
+    del capability
+    yield Variant(
+        "linear_kernel bf16 4096 × 6144",
+        linear.linear_kernel,
+        {"out": "*bf16", "x": "*bf16", "weight": "*bf16", "bias": "*bf16", "rows": "i32"},
+        {
+            "OUTPUTS": 6144, "INPUTS": 4096, "BLOCK_T": linear.BLOCK_T, "BLOCK_N": linear.BLOCK_N,
+            "BLOCK_K": linear.BLOCK_K, "HAS_BIAS": False, "WIDE": False, "PRECISION": "tf32",
+        },
+        warps=linear.WARPS,
+        stages=linear.STAGES,
+    )  # fmt: skip
+
+
+_MAKERS: tuple[Callable[[int], Iterator[Variant]], ...] = (_attention, _rows, _linear)

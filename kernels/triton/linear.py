@@ -1,0 +1,78 @@
+"""Products whose rows do not depend on the rows beside them, to the bit, on a GPU.
+
+torch's libraries choose a kernel by the number of rows, and so the order in which a row is summed.
+Here tiles are of one size and a row is summed from the first k to the last, whatever else is in the
+step. What that costs is measured by benchmarks/gpu_step_floor.py --batch-invariant.
+
+Symbols: T rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dspark.kernels.triton.launch import INTERPRETED, launch
+
+BLOCK_T, BLOCK_N, BLOCK_K = 64, 32, 128
+WARPS, STAGES = 4, 3
+
+
+@triton.jit
+def linear_kernel(
+    out,  # [T, N]
+    x,  # [T, K]
+    weight,  # [N, K]
+    bias,  # [N]
+    rows,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WIDE: tl.constexpr,  # products in fp32: the interpreter has no bf16 of its own
+    PRECISION: tl.constexpr,
+):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # tiles that share weights run together
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    of_row = x + t[:, None].to(tl.int64) * INPUTS + k[None, :]
+    of_output = weight + n[None, :].to(tl.int64) * INPUTS + k[:, None]
+    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for start in range(0, INPUTS, BLOCK_K):
+        left = INPUTS - start
+        a = tl.load(of_row + start, mask=(t < rows)[:, None] & (k < left)[None, :], other=0.0)
+        b = tl.load(of_output + start, mask=(n < OUTPUTS)[None, :] & (k < left)[:, None], other=0.0)
+        if WIDE:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < OUTPUTS, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        out + t[:, None].to(tl.int64) * OUTPUTS + n[None, :],
+        total.to(out.dtype.element_ty),
+        mask=(t < rows)[:, None] & (n < OUTPUTS)[None, :],
+    )
+
+
+def linear(
+    x: torch.Tensor,  # [T, K]
+    weight: torch.Tensor,  # [N, K]
+    bias: torch.Tensor | None = None,  # [N]
+) -> torch.Tensor:  # [T, N]
+    """x Wᵀ + bias."""
+    x, weight = x.contiguous(), weight.contiguous()
+    (rows, inputs), outputs = x.shape, len(weight)
+    out = x.new_empty(rows, outputs)
+    launch(
+        linear_kernel, (triton.cdiv(rows, BLOCK_T), triton.cdiv(outputs, BLOCK_N)),
+        out, x, weight, out if bias is None else bias, rows,
+        OUTPUTS=outputs, INPUTS=inputs, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        HAS_BIAS=bias is not None, WIDE=INTERPRETED and x.dtype == torch.bfloat16,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return out
