@@ -111,8 +111,8 @@ class TargetModel:
             self._fused = TritonDecoder(model, batch_invariant=batch_invariant)
         elif batch_invariant:
             raise ConfigError(
-                f"batch_invariant: a {config.model_type} in {self.dtype} on {self.device.type} runs "
-                "on kernels that sum a row by how many rows there are; it can be had for the "
+                f"batch_invariant: a {config.model_type} in {self.dtype} on {self.device.type} "
+                "runs on kernels that sum a row by how many rows there are; it can be had for the "
                 "families of Llama's shape, in bfloat16 on a CPU or with Triton on a GPU"
             )
         self._check_attention()
