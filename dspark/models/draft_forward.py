@@ -11,7 +11,8 @@ Symbols as in dspark.models.drafter; N rows of context, T rows of blocks.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,21 @@ import torch.nn.functional as F
 from dspark.decoding.drawing import DrawnBlocks, DrawRules, draw
 from dspark.kernels.attention_plan import AttentionPlan
 from dspark.kernels.cpu import operators
+from dspark.kernels.dispatch import has_triton
 from dspark.kernels.transfer import to_device
+from dspark.models.captured_draw import CapturedDraw
 from dspark.models.drafter import DSparkDrafter
 from dspark.models.fused import FusedLayers
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
 from dspark.models.sequential_head import MarkovHead
 from dspark.models.target import ATTENTION_NAME, register_attention
+
+if TYPE_CHECKING:
+    from dspark.kernels.triton.draft_head import DraftHead
+
+_TRITON_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_CANDIDATES = 64  # that the Triton kernels serve
 
 
 class DraftForward(Protocol):
@@ -73,7 +82,13 @@ class ModuleDraftForward:
         register_attention()
         weight = drafter.head_weight.to(drafter.norm.weight.dtype)
         self._head: Any = lambda hidden: F.linear(hidden, weight)
-        if can_pack(weight.dtype, weight.device):
+        self._kernels: CapturedDraw | None = None
+        if has_triton(weight.device) and weight.dtype in _TRITON_TYPES:
+            self._draft_head = _draft_head(drafter)
+            self._kernels = CapturedDraw(
+                self._draw_by_kernels, weight.device, capture=weight.device.type == "cuda"
+            )
+        elif can_pack(weight.dtype, weight.device):
             self._head = PackedLinear.of(weight)
             pack_linears(drafter.layers)
             pack_linears(drafter.markov_head)
@@ -112,10 +127,12 @@ class ModuleDraftForward:
         self, hidden: torch.Tensor, anchors: torch.Tensor, rules: DrawRules, candidates: int
     ) -> DrawnBlocks:
         """See DraftForward."""
-        head, vocabulary = self._drafter.markov_head, self._drafter.draft_token_ids
-        base = self._drafter.cap(self._head(hidden))
+        if self._kernels is not None and candidates <= _MOST_CANDIDATES:
+            return self._kernels.run(hidden, anchors, rules, candidates)
         present = rules.present()
         rules = DrawRules(*to_device(rules.tensors, hidden.device))
+        head, vocabulary = self._drafter.markov_head, self._drafter.draft_token_ids
+        base = self._drafter.cap(self._head(hidden))
         previous, state = anchors, head.first_state(len(anchors))
         tokens, scores, ids, probs = [], [], [], []
         for k in range(base.shape[1]):
@@ -133,6 +150,38 @@ class ModuleDraftForward:
             candidate_ids=torch.stack(ids, 1),
             candidate_probs=torch.stack(probs, 1),
         )
+
+    def _draw_by_kernels(
+        self,
+        hidden: torch.Tensor,
+        anchors: torch.Tensor,
+        rules: DrawRules,  # on the device
+        candidates: int,
+        greedy: bool,  # all of them
+    ) -> DrawnBlocks:
+        from dspark.kernels.triton.draft_head import draw_blocks
+
+        base = self._drafter.cap(self._head(hidden))
+        return draw_blocks(
+            base, hidden, anchors, self._draft_head, rules, candidates, greedy=greedy
+        )
+
+
+def _draft_head(drafter: DSparkDrafter) -> DraftHead:
+    """The heads' weights as the Triton kernels take them."""
+    from dspark.kernels.triton.draft_head import DraftHead
+
+    head, confidence = drafter.markov_head, drafter.confidence_head
+    made = DraftHead(drafter.draft_token_ids.contiguous())
+    if confidence is not None:
+        weight = confidence.proj.weight[0].contiguous()
+        made = replace(made, confidence=weight, confidence_bias=confidence.proj.bias)
+    if isinstance(head, MarkovHead):
+        w1, w2 = head.markov_w1.weight, head.markov_w2.weight
+        made = replace(made, w1=w1.contiguous(), w2=w2.contiguous())
+        if type(head) is not MarkovHead:  # torch makes the codes of the other kinds
+            made = replace(made, step=head.step, first_state=head.first_state)
+    return made
 
 
 class FusedDraftForward:

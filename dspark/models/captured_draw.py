@@ -1,0 +1,151 @@
+"""A drafter's draws in padded shapes, captured as CUDA graphs and replayed (paper §5.3).
+
+A block is drawn position by position, in two small kernels each: launching them costs more than
+they do. So sessions are padded to powers of two, and the LM head and all positions are captured
+once for each shape that occurs: what comes in lies in static buffers.
+
+Where nothing can be captured the same padded draw runs as it is, which is how it is tested.
+
+Symbols: S sessions, padded; B block size, d width, K candidates.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dspark.decoding.drawing import GREEDY, DrawnBlocks, DrawRules
+from dspark.kernels.transfer import Packing, to_device
+
+log = logging.getLogger(__name__)
+
+_MOST_SESSIONS = 64  # beyond, kernels take longer than launching them
+_MOST_GRAPHS = 32  # the least recently used goes
+_WARM_UPS = 2  # kernels are compiled, and libraries choose theirs, in the first runs
+
+# From hidden states [S, B, d], anchors [S], rules, K and whether all are greedy to what is drawn.
+Draw = Callable[[torch.Tensor, torch.Tensor, DrawRules, int, bool], DrawnBlocks]
+Shape = tuple[int, int, int, bool]  # S, B, K, whether all are greedy
+
+
+class CapturedDraw:
+    """The padded draws of one drafter."""
+
+    def __init__(self, draw: Draw, device: torch.device, *, capture: bool) -> None:
+        """`capture`: whether graphs are made; `device` must be a CUDA device then."""
+        self._draw = draw
+        self._device = device
+        self._side = torch.cuda.Stream(device) if capture else None  # where warm-ups run
+        self._pool: Any = None  # torch's handle of the memory that the graphs share
+        self._shapes: OrderedDict[Shape, _Static] = OrderedDict()
+        self.failed = False  # a capture did; draws run as they are from then on
+
+    def run(
+        self,
+        hidden: torch.Tensor,  # [S, B, d]
+        anchors: torch.Tensor,  # [S]
+        rules: DrawRules,  # on the host
+        candidates: int,
+    ) -> DrawnBlocks:
+        """What is drawn; more sessions than are worth padding are drawn for as they are."""
+        sessions, size, _ = hidden.shape
+        greedy = rules.present() <= {GREEDY}
+        if sessions > _MOST_SESSIONS or self.failed:
+            rules = DrawRules(*to_device(rules.tensors, self._device))
+            return self._draw(hidden, anchors, rules, candidates, greedy)
+        padded = 1 << (sessions - 1).bit_length()
+        shape = (padded, size, candidates, greedy)
+        static = self._shapes.get(shape)
+        if static is None:
+            static = _Static(padded, hidden, anchors)
+        static.fill(hidden, anchors, rules)
+        if shape not in self._shapes:
+            if self._side is not None and not self._captured(static, shape, self._side):
+                return self.run(hidden, anchors, rules, candidates)
+            self._shapes[shape] = static
+            if len(self._shapes) > _MOST_GRAPHS:
+                self._shapes.popitem(last=False)
+        self._shapes.move_to_end(shape)
+        if static.graph is None:
+            static.drawn = self._run(static, shape)
+        else:
+            static.graph.replay()
+        assert static.drawn is not None
+        # Copies, since the next draw writes to the same memory.
+        return DrawnBlocks(*(tensor[:sessions].clone() for tensor in static.drawn.tensors))
+
+    def _run(self, static: _Static, shape: Shape) -> DrawnBlocks:
+        return self._draw(static.hidden, static.anchors, static.rules, shape[2], shape[3])
+
+    def _captured(self, static: _Static, shape: Shape, side: torch.cuda.Stream) -> bool:
+        """Capture a draw whose buffers are filled; False, for good, if that cannot be done."""
+        main = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.stream(main):  # a capture that fails leaves its own stream current
+                side.wait_stream(main)
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UPS):
+                        self._run(static, shape)
+                # Other threads of the process (a verifier's) may allocate meanwhile.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
+                ):
+                    static.drawn = self._run(static, shape)
+                main.wait_stream(side)
+        except RuntimeError as error:
+            self.failed = True
+            self._shapes.clear()
+            log.warning("draws are not captured, and cost more to launch: %s", error)
+            return False
+        static.graph = graph
+        log.info("captured the draw of %d blocks of %d from %d candidates", *shape[:3])
+        return True
+
+
+@dataclass(init=False, slots=True)
+class _Static:
+    """The inputs of one shape, its graph and what that writes."""
+
+    hidden: torch.Tensor  # [S, B, d]
+    anchors: torch.Tensor  # [S]
+    rules: DrawRules
+    graph: torch.cuda.CUDAGraph | None
+    drawn: DrawnBlocks | None
+    _packing: Packing
+    _padding: torch.Tensor
+    _buffer: torch.Tensor
+
+    def __init__(self, padded: int, hidden: torch.Tensor, anchors: torch.Tensor) -> None:
+        self.hidden = hidden.new_zeros(padded, *hidden.shape[1:])
+        self.anchors = anchors.new_zeros(padded)
+        self.graph, self.drawn = None, None
+        # Padding: greedy sessions, whose tokens nobody asks for.
+        nobody = DrawRules(
+            kinds=torch.full((padded,), GREEDY),
+            temperature=torch.ones(padded),
+            top_k=torch.zeros(padded, dtype=torch.int64),
+            top_p=torch.ones(padded),
+            keys=torch.zeros(padded, hidden.shape[1], dtype=torch.int64),
+        )
+        self._packing = Packing(nobody.tensors)
+        self._padding = self._packing.fill(self._packing.buffer("cpu"), nobody.tensors)
+        self._buffer = self._packing.buffer(hidden.device)
+        self.rules = DrawRules(*self._packing.views(self._buffer))
+
+    def fill(self, hidden: torch.Tensor, anchors: torch.Tensor, rules: DrawRules) -> None:
+        """Take in sessions that fit; the rules in one copy."""
+        self.hidden[: len(hidden)].copy_(hidden)
+        self.anchors[: len(anchors)].copy_(anchors)
+        staged = self._packing.buffer("cpu", pinned=self._buffer.device.type == "cuda")
+        staged.copy_(self._padding)
+        for line, values in zip(self._packing.views(staged), rules.tensors, strict=True):
+            line[: len(values)].copy_(values)
+        self._buffer.copy_(staged, non_blocking=True)
