@@ -1,0 +1,106 @@
+"""Which drafted tokens to verify, on a GPU: the `ranked` search of dspark.scheduling.planner.
+
+    c_j = σ(logit_j), clipped;  a_j = Π_{i≤j} σ(logit(c_i) / T_i)     (paper §3.2)
+
+The `capacity` tokens that most probably survive are admitted. A token survives no more probably
+than those before it, and of equals the earlier position goes first, then the earlier session: what
+is admitted of a session is a prefix, and ties are settled by places, never by what was drafted.
+
+One program for all: there are some thousand survivals at most.
+
+Symbols: S sessions, B block size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dspark.kernels.triton.launch import launch
+
+MOST_TOKENS = 8192
+_LEAST, _MOST = 1e-6, 1.0 - 1e-6  # as dspark.scheduling.survival clips
+
+
+@triton.jit(do_not_specialize=["sessions", "size"])
+def admit_kernel(
+    admitted,  # [S] int64, out
+    survivals,  # [S, B] fp32, out; -1 past a block's end
+    logits,  # [S, B] fp32
+    lengths,  # [S] int64
+    temperatures,  # [B] fp32
+    capacity,  # [1] int64
+    sessions,
+    size,
+    BLOCK_S: tl.constexpr,  # powers of two
+    BLOCK_B: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+):
+    session = tl.arange(0, BLOCK_S)
+    position = tl.arange(0, BLOCK_B)
+    length = tl.load(lengths + session, mask=session < sessions, other=0)
+    length = tl.minimum(length, size)
+    there = position[None, :] < length[:, None]
+    survival = tl.full([BLOCK_S, BLOCK_B], 1.0, tl.float64)
+    for j in range(size):  # in order, so that no rounding makes a survival rise
+        logit = tl.load(logits + session * size + j, mask=session < sessions, other=0.0)
+        chance = 1.0 / (1.0 + tl.exp(-logit.to(tl.float64)))
+        chance = tl.minimum(tl.maximum(chance, LEAST), MOST)
+        power = 1.0 / tl.load(temperatures + j).to(tl.float64)
+        # odds to the power of 1 / T
+        chance = 1.0 / (1.0 + tl.exp(power * tl.log((1.0 - chance) / chance)))
+        survival *= tl.where(position[None, :] >= j, chance[:, None], 1.0)
+    shown = tl.where(there, survival, -1.0).to(tl.float32)
+    place = session[:, None] * size + position[None, :]
+    inside = (session < sessions)[:, None] & (position < size)[None, :]
+    tl.store(survivals + place, shown, mask=inside)
+
+    # As integers, floats of one sign have the same order; what is absent is below them.
+    value = tl.where(there, shown.to(tl.int32, bitcast=True), -1)
+    present = tl.sum(tl.sum(there.to(tl.int32), 1), 0)
+    count = tl.minimum(tl.maximum(tl.load(capacity), 0), present.to(tl.int64)).to(tl.int32)
+    least = 0  # the largest value that `count` tokens reach
+    for bit in tl.static_range(29, -1, -1):  # 1.0 has no bit above
+        tried = least | (1 << bit)
+        reach = tl.sum(tl.sum((value >= tried).to(tl.int32), 1), 0)
+        least = tl.where(reach >= count, tried, least)
+    above = tl.sum((value > least).to(tl.int32), 1)
+    ties = count - tl.sum(above, 0)
+    tied = there & (value == least)
+    turn = position[None, :] * BLOCK_S + session[:, None]
+    low = 0  # among the ties, those before this turn are `ties` or fewer
+    for bit in tl.static_range(15, -1, -1):
+        tried = low | (1 << bit)
+        before = tl.sum(tl.sum((tied & (turn < tried)).to(tl.int32), 1), 0)
+        low = tl.where(before <= ties, tried, low)
+    taken = above + tl.sum((tied & (turn < low)).to(tl.int32), 1)
+    taken = tl.where(count > 0, taken, 0)
+    tl.store(admitted + session, taken.to(tl.int64), mask=session < sessions)
+
+
+def admit(
+    confidence_logits: torch.Tensor,  # [S, B] fp32
+    lengths: torch.Tensor,  # [S] int64: tokens of each block
+    temperatures: torch.Tensor,  # [B] fp32, above 0
+    capacity: torch.Tensor,  # [1] int64: tokens to admit
+) -> tuple[torch.Tensor, torch.Tensor]:  # [S] int64, [S, B] fp32
+    """How many tokens of each session are admitted, and all survivals (-1: no token there)."""
+    sessions, size = confidence_logits.shape
+    if sessions * size > MOST_TOKENS:
+        raise ValueError(
+            f"at most {MOST_TOKENS} drafted tokens are admitted at once; got {sessions} × {size}"
+        )
+    admitted = lengths.new_empty(sessions)
+    survivals = torch.empty_like(confidence_logits, memory_format=torch.contiguous_format)
+    block_s, block_b = triton.next_power_of_2(sessions), triton.next_power_of_2(size)
+    launch(
+        admit_kernel,
+        (1 if sessions else 0,),
+        admitted, survivals, confidence_logits.contiguous(), lengths, temperatures, capacity,
+        sessions, size,
+        BLOCK_S=block_s, BLOCK_B=block_b, LEAST=_LEAST, MOST=_MOST,
+        num_warps=min(16, max(1, block_s * block_b // 256)),
+    )  # fmt: skip
+    return admitted, survivals
