@@ -20,7 +20,7 @@ import triton.language as tl
 from dspark.kernels.triton.launch import launch
 
 MOST_TOKENS = 8192
-_LEAST, _MOST = 1e-6, 1.0 - 1e-6  # as dspark.scheduling.survival clips
+LEAST, MOST = 1e-6, 1.0 - 1e-6  # as dspark.scheduling.survival clips
 
 
 @triton.jit(do_not_specialize=["sessions", "size"])
@@ -100,7 +100,7 @@ def admit(
         (1 if sessions else 0,),
         admitted, survivals, confidence_logits.contiguous(), lengths, temperatures, capacity,
         sessions, size,
-        BLOCK_S=block_s, BLOCK_B=block_b, LEAST=_LEAST, MOST=_MOST,
+        BLOCK_S=block_s, BLOCK_B=block_b, LEAST=LEAST, MOST=MOST,
         num_warps=min(16, max(1, block_s * block_b // 256)),
     )  # fmt: skip
     return admitted, survivals

@@ -33,8 +33,8 @@ from dspark.kernels.triton.launch import INTERPRETED, launch
 from dspark.kernels.triton.noise import gumbel, unit, word
 
 MOST_CANDIDATES = 64
-_CHUNK = 64  # tokens: K chunks' logits are then as many numbers as a large vocabulary has chunks
-_BLOCK_S = 16  # sessions of a program, the least that a matrix unit multiplies
+CHUNK = 64  # tokens: K chunks' logits are then as many numbers as a large vocabulary has chunks
+BLOCK_S = 16  # sessions of a program, the least that a matrix unit multiplies
 _NOTHING = tl.constexpr(-(1 << 62) - 1)  # below every number that _ordered makes
 
 
@@ -291,7 +291,7 @@ def draw_blocks(
     rules = DrawRules(*(tensor.contiguous() for tensor in rules.tensors))
     drawn = anchors.new_empty(sessions, 1 + size)
     drawn[:, 0] = anchors
-    chunks = triton.cdiv(vocabulary, _CHUNK)
+    chunks = triton.cdiv(vocabulary, CHUNK)
     logits = hidden.new_empty(sessions, vocabulary, dtype=torch.float32)
     maxima = hidden.new_empty(sessions, chunks, dtype=torch.float32)
     scratch = anchors.new_empty(sessions, 3, k)
@@ -315,10 +315,10 @@ def draw_blocks(
             code, stride = (code if code.stride(1) == 1 else code.contiguous()), code.stride(0)
         launch(
             position_logits,
-            (triton.cdiv(sessions, _BLOCK_S), chunks),
+            (triton.cdiv(sessions, BLOCK_S), chunks),
             logits, maxima, base, drawn, code, w1, w2,
             sessions, size, position, stride,
-            VOCABULARY=vocabulary, CHUNKS=chunks, CHUNK=_CHUNK, BLOCK_S=_BLOCK_S,
+            VOCABULARY=vocabulary, CHUNKS=chunks, CHUNK=CHUNK, BLOCK_S=BLOCK_S,
             RANK=rank, BLOCK_R=min(64, max(16, triton.next_power_of_2(rank))),
             GATHER=head.step is None,
             WIDE=INTERPRETED and w2.dtype == torch.bfloat16,
@@ -332,7 +332,7 @@ def draw_blocks(
             nothing if head.confidence is None else head.confidence,
             nothing if head.confidence_bias is None else head.confidence_bias,
             head.vocabulary, *rules.tensors, size, position,
-            VOCABULARY=vocabulary, CHUNKS=chunks, CHUNK=_CHUNK,
+            VOCABULARY=vocabulary, CHUNKS=chunks, CHUNK=CHUNK,
             BLOCK_C=triton.next_power_of_2(chunks),
             CANDIDATES=k, BLOCK_K=triton.next_power_of_2(k), GREEDY=greedy,
             CONFIDENCE=head.confidence is not None,

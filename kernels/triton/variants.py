@@ -15,14 +15,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dspark.kernels.attention_plan import PAGE_SIZE, TILE_ROWS
-from dspark.kernels.triton import attention, cache_write, linear, rows
+from dspark.kernels.triton import admission, attention, cache_write, draft_head, linear, rows
 from dspark.kernels.triton.launch_configs import config_for
 
 CAPABILITIES = (75, 80, 86, 89, 90)
 _FP8_FROM = 89
 _FP8_SPILLS = 64  # bytes: it is scaled back in registers
 
-Value = int | bool | str | None
+Value = int | float | bool | str | None
 
 
 @dataclass(frozen=True)
@@ -211,4 +211,56 @@ def _linear(capability: int) -> Iterator[Variant]:
     )  # fmt: skip
 
 
-_MAKERS: tuple[Callable[[int], Iterator[Variant]], ...] = (_attention, _rows, _linear)
+def _drafting(capability: int) -> Iterator[Variant]:
+    del capability
+    vocabulary, rank, width, candidates, chunk = 151_936, 256, 4096, 32, draft_head.CHUNK
+    chunks = triton.cdiv(vocabulary, chunk)
+    of_vocabulary: dict[str, Value] = {"VOCABULARY": vocabulary, "CHUNKS": chunks, "CHUNK": chunk}
+    yield Variant(
+        "position_logits bf16 151936 × 256",
+        draft_head.position_logits,
+        {
+            "logits": "*fp32", "maxima": "*fp32", "base": "*bf16", "drawn": "*i64", "code": "*bf16",
+            "w1": "*bf16", "w2": "*bf16", "sessions": "i32", "size": "i32", "position": "i32",
+            "code_stride": "i32",
+        },
+        {
+            **of_vocabulary, "BLOCK_S": draft_head.BLOCK_S, "RANK": rank, "BLOCK_R": 64,
+            "GATHER": True, "WIDE": False, "PRECISION": "tf32",
+        },
+        stages=2,
+    )  # fmt: skip
+    for greedy in (False, True):
+        yield Variant(
+            f"draw_position 151936, {'greedy' if greedy else f'{candidates} candidates'}",
+            draft_head.draw_position,
+            {
+                "drawn": "*i64", "scratch": "*i64", "candidate_ids": "*i64",
+                "candidate_probs": "*fp32", "scores": "*fp32", "logits": "*fp32",
+                "maxima": "*fp32", "hidden": "*bf16", "w1": "*bf16", "confidence": "*bf16",
+                "confidence_bias": "*bf16", "vocabulary": "*i64", "kinds": "*i64",
+                "temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", "keys": "*i64",
+                "size": "i32", "position": "i32",
+            },
+            {
+                **of_vocabulary, "BLOCK_C": triton.next_power_of_2(chunks),
+                "CANDIDATES": candidates, "BLOCK_K": candidates, "GREEDY": greedy,
+                "CONFIDENCE": True, "WIDTH": width, "BLOCK_D": 1024, "RANK": rank, "BLOCK_R": rank,
+            },
+            warps=8,
+        )  # fmt: skip
+    yield Variant(
+        "admit_kernel 512 × 15",
+        admission.admit_kernel,
+        {
+            "admitted": "*i64", "survivals": "*fp32", "logits": "*fp32", "lengths": "*i64",
+            "temperatures": "*fp32", "capacity": "*i64", "sessions": "i32", "size": "i32",
+        },
+        {
+            "BLOCK_S": 512, "BLOCK_B": 16, "LEAST": admission.LEAST, "MOST": admission.MOST,
+        },
+        warps=16,
+    )  # fmt: skip
+
+
+_MAKERS: tuple[Callable[[int], Iterator[Variant]], ...] = (_attention, _rows, _linear, _drafting)
