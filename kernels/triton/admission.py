@@ -44,10 +44,12 @@ def admit_kernel(
     length = tl.minimum(length, size)
     there = position[None, :] < length[:, None]
     survival = tl.full([BLOCK_S, BLOCK_B], 1.0, tl.float64)
+    least = tl.full([BLOCK_S], LEAST, tl.float64)  # written out, they would be fp32 numbers
+    most = tl.full([BLOCK_S], MOST, tl.float64)
     for j in range(size):  # in order, so that no rounding makes a survival rise
         logit = tl.load(logits + session * size + j, mask=session < sessions, other=0.0)
         chance = 1.0 / (1.0 + tl.exp(-logit.to(tl.float64)))
-        chance = tl.minimum(tl.maximum(chance, LEAST), MOST)
+        chance = tl.minimum(tl.maximum(chance, least), most)
         power = 1.0 / tl.load(temperatures + j).to(tl.float64)
         # odds to the power of 1 / T
         chance = 1.0 / (1.0 + tl.exp(power * tl.log((1.0 - chance) / chance)))
@@ -61,14 +63,14 @@ def admit_kernel(
     value = tl.where(there, shown.to(tl.int32, bitcast=True), -1)
     present = tl.sum(tl.sum(there.to(tl.int32), 1), 0)
     count = tl.minimum(tl.maximum(tl.load(capacity), 0), present.to(tl.int64)).to(tl.int32)
-    least = 0  # the largest value that `count` tokens reach
+    edge = 0  # the largest value that `count` tokens reach
     for bit in tl.static_range(29, -1, -1):  # 1.0 has no bit above
-        tried = least | (1 << bit)
+        tried = edge | (1 << bit)
         reach = tl.sum(tl.sum((value >= tried).to(tl.int32), 1), 0)
-        least = tl.where(reach >= count, tried, least)
-    above = tl.sum((value > least).to(tl.int32), 1)
+        edge = tl.where(reach >= count, tried, edge)
+    above = tl.sum((value > edge).to(tl.int32), 1)
     ties = count - tl.sum(above, 0)
-    tied = there & (value == least)
+    tied = there & (value == edge)
     turn = position[None, :] * BLOCK_S + session[:, None]
     low = 0  # among the ties, those before this turn are `ties` or fewer
     for bit in tl.static_range(15, -1, -1):

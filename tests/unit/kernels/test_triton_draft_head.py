@@ -385,13 +385,14 @@ def test_padded_draws_are_those_of_the_sessions_themselves(
     monkeypatch.setattr("dspark.models.captured_draw._MOST_SESSIONS", 4)
     shapes: list[tuple[int, ...]] = []
     head, generator = DraftHead(torch.arange(40)), torch.Generator().manual_seed(0)
+    there = on(DEVICE, head)
 
     def draw(
         hidden: torch.Tensor, anchors: torch.Tensor, rules: DrawRules, k: int, greedy: bool
     ) -> DrawnBlocks:
         shapes.append((*hidden.shape, k, greedy))
         return draw_blocks(
-            hidden, hidden, anchors, on(DEVICE, head), rules, k, greedy=greedy
+            hidden, hidden, anchors, there, rules, k, greedy=greedy
         )  # the hidden states serve as logits
 
     steps = CapturedDraw(draw, torch.device(DEVICE), capture=DEVICE == "cuda")
