@@ -24,6 +24,7 @@ from dspark.decoding.drawing import COUPLED, GREEDY, INDEPENDENT
 from dspark.decoding.law import Cuts, target_law
 from dspark.decoding.noise import Stream, draw_key, key_tensor, uniform
 from dspark.kernels.cpu import operators
+from dspark.kernels.dispatch import has_triton
 from dspark.kernels.transfer import to_device, to_host
 from dspark.types import BlockProposal, Fence, Request, SamplingParams, VerifyMode
 
@@ -62,11 +63,14 @@ def judge(
 
 
 def _has_operator(logits: torch.Tensor) -> bool:
+    """Whether one operator takes requests of all kinds at once."""
+    if has_triton(logits.device):
+        return logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return logits.dtype == torch.float32 and logits.device.type == "cpu" and operators.available()
 
 
 def _judge_fast(logits: torch.Tensor, judged: list[Judged]) -> list[Verdict]:
-    """The same by the C++ operator: no dense law is made, and a row past a refusal is not read."""
+    """The same by one operator: no dense law is made, and no law past a refusal is looked at."""
     kinds = [_kind(one.request.sampling) for one in judged]
     accept: list[int] = []
     recover: list[int] = []
@@ -81,25 +85,28 @@ def _judge_fast(logits: torch.Tensor, judged: list[Judged]) -> list[Verdict]:
             recover.append(0)
         noise += _noise_keys(one) if kind == COUPLED else [0] * (drafts + 1)
     sampling = [one.request.sampling for one in judged]
-    drafted = _drafts(judged, logits.device, with_law=True)
+    drafted = _drafts(judged, with_law=True)
     assert drafted.candidate_ids is not None
     assert drafted.candidate_probs is not None
-    accepted, following = operators.judge(
-        logits.contiguous(),
-        drafted.lengths,
-        drafted.token_ids,
-        drafted.candidate_ids,
-        drafted.candidate_probs,
-        operators.JudgeRules(
-            kinds=torch.tensor(kinds),
-            temperature=torch.tensor([1.0 if p.greedy else p.temperature for p in sampling]),
-            top_k=torch.tensor([p.top_k for p in sampling]),
-            top_p=torch.tensor([p.top_p for p in sampling]),
-            accept_keys=key_tensor(accept),
-            recover_keys=key_tensor(recover),
-            noise_keys=key_tensor(noise),
-        ),
+    rules = operators.JudgeRules(
+        kinds=torch.tensor(kinds),
+        temperature=torch.tensor([1.0 if p.greedy else p.temperature for p in sampling]),
+        top_k=torch.tensor([p.top_k for p in sampling]),
+        top_p=torch.tensor([p.top_p for p in sampling]),
+        accept_keys=key_tensor(accept),
+        recover_keys=key_tensor(recover),
+        noise_keys=key_tensor(noise),
     )
+    laws = drafted.candidate_ids, drafted.candidate_probs
+    if has_triton(logits.device):
+        from dspark.kernels.triton import acceptance
+
+        outcome = acceptance.judge(logits, drafted.lengths, drafted.token_ids, *laws, rules)
+        ((accepted, following),) = to_host([outcome])
+    else:
+        accepted, following = operators.judge(
+            logits.contiguous(), drafted.lengths, drafted.token_ids, *laws, rules
+        )
     return [Verdict(a, t) for a, t in zip(accepted.tolist(), following.tolist(), strict=True)]
 
 
@@ -165,7 +172,7 @@ def _part(kind: int, kinds: list[int], judged: list[Judged], vocabulary: int) ->
             members.append(i)
             rows += range(start, end)
     own = [judged[i] for i in members]
-    drafts = _drafts(own, torch.device("cpu"), with_law=kind == INDEPENDENT)
+    drafts = _drafts(own, with_law=kind == INDEPENDENT)
     nothing = torch.zeros(0)
     drawn = [] if kind == GREEDY else own  # whose law is needed
     sampling = [one.request.sampling for one in drawn for _ in range(one.verified + 1)]
@@ -209,7 +216,7 @@ def _decide(part: _Part, logits: torch.Tensor, on: _Inputs) -> torch.Tensor:  # 
     return accept_rejection(law, drafts, places, uniform(on.accept_keys), uniform(on.recover_keys))
 
 
-def _drafts(judged: list[Judged], device: torch.device, with_law: bool = False) -> Drafts:
+def _drafts(judged: list[Judged], with_law: bool = False) -> Drafts:  # on the host
     token_ids: list[int] = []
     ids, probs = [], []
     for one in judged:
@@ -232,7 +239,7 @@ def _drafts(judged: list[Judged], device: torch.device, with_law: bool = False) 
     empty = torch.zeros(0, width)
     return Drafts(
         lengths=tuple(one.verified for one in judged),
-        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
-        candidate_ids=(torch.cat(ids) if ids else empty.long()).to(device) if with_law else None,
-        candidate_probs=(torch.cat(probs) if probs else empty).to(device) if with_law else None,
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        candidate_ids=(torch.cat(ids) if ids else empty.long()) if with_law else None,
+        candidate_probs=(torch.cat(probs) if probs else empty) if with_law else None,
     )

@@ -30,7 +30,7 @@ import triton.language as tl
 
 from dspark.decoding.drawing import DrawnBlocks, DrawRules, likeliest_logit
 from dspark.kernels.triton.launch import INTERPRETED, launch
-from dspark.kernels.triton.noise import gumbel, unit, word
+from dspark.kernels.triton.noise import gumbel, uniform
 
 MOST_CANDIDATES = 64
 CHUNK = 64  # tokens: K chunks' logits are then as many numbers as a large vocabulary has chunks
@@ -239,7 +239,7 @@ def draw_position(
     # What is shipped is drawn from: the law as rounded.
     shipped = law.to(tl.float32)
     cdf = tl.cumsum(shipped.to(tl.float64), 0)
-    draw = unit(word(key, key ^ key)) * tl.max(cdf, 0)
+    draw = uniform(key) * tl.max(cdf, 0)
     last = tl.sum((shipped > 0.0).to(tl.int32), 0) - 1  # of a law that falls, and ends in zeros
     independent = tl.minimum(tl.sum((cdf <= draw).to(tl.int32), 0), last)
     there = law > 0.0
