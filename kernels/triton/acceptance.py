@@ -297,10 +297,10 @@ def decide(
         stand += step
         token = tl.sum(tl.where(member == step, choice, 0), 0)
         going = tl.where(step == ROWS, 1, 0)
-    tl.store(verdicts + s, stand.to(tl.int64))
+    tl.store(verdicts + s, stand)
     following = verdicts + tl.num_programs(0) + s
     if rejecting == 0:
-        tl.store(following, token.to(tl.int64))
+        tl.store(following, token)
         return
 
     row = first + stand
@@ -362,7 +362,7 @@ def decide(
     if chosen < 0:  # rounding left no weight at all: the likeliest
         winner = tl.load(tokens + row * chunks + c, mask=c < chunks, other=0)
         chosen = tl.min(tl.where((score == best) & (c < chunks), winner, vocabulary - 1), 0)
-    tl.store(following, chosen.to(tl.int64))
+    tl.store(following, chosen)
 
 
 def judge(
