@@ -40,7 +40,7 @@ _NOTHING = tl.constexpr(float("-inf"))
 _LEFT = tl.constexpr(1e-9)  # less than this of p - q is rounding
 
 # A value of these types, as fp32, ends in so many zero bits: no search need look at them.
-_ZERO_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+ZERO_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
 @triton.jit
@@ -407,7 +407,7 @@ def judge(
             find_cuts, (rows,),
             edges, ties, logits, owners, kinds, temperature, top_k, top_p,
             logits.stride(0), vocabulary,
-            ZERO_BITS=_ZERO_BITS[logits.dtype], WAYS=WAYS, BLOCK=4096, num_warps=16,
+            ZERO_BITS=ZERO_BITS[logits.dtype], WAYS=WAYS, BLOCK=4096, num_warps=16,
         )  # fmt: skip
     launch(
         row_chunks, (rows, chunks),
@@ -437,7 +437,7 @@ def _check(
 ) -> None:
     """A kernel reads what it is told to: ValueError if that is not there."""
     vocabulary, total, k = logits.shape[1], rows - sequences, candidate_ids.shape[1]
-    if logits.dtype not in _ZERO_BITS:
+    if logits.dtype not in ZERO_BITS:
         raise ValueError(f"logits must be fp32, bf16 or fp16; got {logits.dtype}")
     for name, tensor, shape, dtype in (
         ("logits", logits, (rows, vocabulary), logits.dtype),

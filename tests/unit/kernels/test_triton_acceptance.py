@@ -25,7 +25,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from dspark.kernels.triton.acceptance import judge
+from dspark.kernels.triton.acceptance import WAYS, ZERO_BITS, find_cuts, judge
 from dspark.kernels.triton.launch import launch, launches
 from dspark.kernels.triton.noise import gumbel, mix, uniform
 
@@ -247,6 +247,27 @@ def test_of_equal_logits_top_p_keeps_the_first_and_top_k_all(kind: int, dtype: t
     tokens = [token for _, token in case.judged()]
     assert max(tokens[:6]) < 1500 <= max(tokens[6:12])
     assert max(tokens[12:]) < 750
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cut_tells_neighbouring_values_apart(dtype: torch.dtype) -> None:
+    """Each of the nine values around one, and around minus one, differs in its last bit."""
+    whole = torch.int32 if dtype == torch.float32 else torch.int16
+    ones = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], dtype=dtype).view(whole)
+    steps = torch.tensor([8, 0, 3, 5, 1, 7, 2, 6, 4]) - 4
+    logits = (ones + steps).to(whole).view(dtype).to(DEVICE)
+    top_k = torch.tensor([3, 4, 3, 4], device=DEVICE)
+    edges, certain = torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
+    ties = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    rows = torch.arange(4, device=DEVICE)
+    kinds = torch.full((4,), COUPLED, device=DEVICE)
+    launch(
+        find_cuts, (4,), edges, ties, logits, rows, kinds, certain, top_k, certain, 9, 9,
+        ZERO_BITS=ZERO_BITS[dtype], WAYS=WAYS, BLOCK=16,
+    )  # fmt: skip
+    ordered = logits.float().sort(dim=1, descending=True).values
+    assert torch.equal(edges, ordered[rows, top_k - 1])
+    assert ties.tolist() == [9] * 4
 
 
 def test_all_stand_or_the_first_is_refused() -> None:
