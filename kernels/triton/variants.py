@@ -15,7 +15,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dspark.kernels.attention_plan import PAGE_SIZE, TILE_ROWS
-from dspark.kernels.triton import admission, attention, cache_write, draft_head, linear, rows
+from dspark.kernels.triton import (
+    acceptance,
+    admission,
+    attention,
+    cache_write,
+    draft_head,
+    linear,
+    rows,
+)
 from dspark.kernels.triton.launch_configs import config_for
 
 CAPABILITIES = (75, 80, 86, 89, 90)
@@ -263,4 +271,46 @@ def _drafting(capability: int) -> Iterator[Variant]:
     )  # fmt: skip
 
 
-_MAKERS: tuple[Callable[[int], Iterator[Variant]], ...] = (_attention, _rows, _linear, _drafting)
+def _accepting(capability: int) -> Iterator[Variant]:
+    del capability
+    vocabulary = 151_936
+    chunks = triton.cdiv(vocabulary, acceptance.CHUNK)
+    rows = {
+        "logits": "*bf16", "owners": "*i64", "kinds": "*i64", "temperature": "*fp32",
+        "edges": "*fp32", "ties": "*i32", "row_stride": "i32", "vocabulary": "i32",
+    }  # fmt: skip
+    found = {"scores": "*fp64", "tokens": "*i32", "sums": "*fp64"}
+    yield Variant(
+        "find_cuts bf16",
+        acceptance.find_cuts,
+        {**rows, "top_k": "*i64", "top_p": "*fp32"},
+        {"ZERO_BITS": 16, "WAYS": 8, "BLOCK": 4096},
+        warps=16,
+    )
+    for cuts in (False, True):
+        what = "bf16, some rows cut" if cuts else "bf16"
+        yield Variant(
+            f"row_chunks {what}",
+            acceptance.row_chunks,
+            {**rows, **found, "noise_keys": "*i64"},
+            {"CHUNK": acceptance.CHUNK, "HAS_CUTS": cuts},
+        )
+        yield Variant(
+            f"decide {what}",
+            acceptance.decide,
+            {
+                **rows, **found, "verdicts": "*i64", "starts": "*i64", "drafts": "*i64",
+                "candidate_ids": "*i64", "candidate_probs": "*fp32", "accept_keys": "*i64",
+                "recover_keys": "*i64", "chunks": "i32", "K": "i32",
+            },
+            {
+                "CHUNK": acceptance.CHUNK, "BLOCK_C": triton.next_power_of_2(chunks),
+                "BLOCK_K": 64, "ROWS": 16, "HAS_CUTS": cuts,
+            },
+            warps=8,
+        )  # fmt: skip
+
+
+_MAKERS: tuple[Callable[[int], Iterator[Variant]], ...] = (
+    _attention, _rows, _linear, _drafting, _accepting,
+)  # fmt: skip
