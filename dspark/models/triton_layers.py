@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dspark.errors import ConfigError
 from dspark.kernels.attention_plan import AttentionPlan, RowPlan
 from dspark.kernels.dispatch import TritonStore, serves_with_triton
 from dspark.models.families import layer_window
@@ -52,6 +53,8 @@ class TritonDecoder:
         `batch_invariant`: products by our kernel and attention in tiles of one size, so that what
         a row says does not depend on the rows beside it, to the bit.
         """
+        if batch_invariant:
+            _check_tensor_cores(model.device)
         self._invariant = batch_invariant
         config, decoder = model.config.get_text_config(), model.get_decoder()
         attention = decoder.layers[0].self_attn
@@ -139,6 +142,19 @@ class TritonDecoder:
         store = kv.layer(layer)
         assert isinstance(store, TritonStore)  # as fits() has asked
         return store
+
+
+def _check_tensor_cores(device: torch.device) -> None:
+    from dspark.kernels.triton.linear import LEAST_CAPABILITY
+
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor < LEAST_CAPABILITY:
+        raise ConfigError(
+            f"batch_invariant needs a GPU of compute capability {LEAST_CAPABILITY / 10} or later; "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
+        )
 
 
 def _layer(layer: Any, window: int | None) -> _Layer:

@@ -64,8 +64,8 @@ def admit_kernel(
     present = tl.sum(tl.sum(there.to(tl.int32), 1), 0)
     count = tl.minimum(tl.maximum(tl.load(capacity), 0), present.to(tl.int64)).to(tl.int32)
     edge = 0  # the largest value that `count` tokens reach
-    for bit in tl.static_range(29, -1, -1):  # 1.0 has no bit above
-        tried = edge | (1 << bit)
+    for bit in range(30):  # 1.0 has no bit above
+        tried = edge | (0x20000000 >> bit)
         reach = tl.sum(tl.sum((value >= tried).to(tl.int32), 1), 0)
         edge = tl.where(reach >= count, tried, edge)
     above = tl.sum((value > edge).to(tl.int32), 1)
@@ -73,8 +73,8 @@ def admit_kernel(
     tied = there & (value == edge)
     turn = position[None, :] * BLOCK_S + session[:, None]
     low = 0  # among the ties, those before this turn are `ties` or fewer
-    for bit in tl.static_range(15, -1, -1):
-        tried = low | (1 << bit)
+    for bit in range(16):
+        tried = low | (0x8000 >> bit)
         before = tl.sum(tl.sum((tied & (turn < tried)).to(tl.int32), 1), 0)
         low = tl.where(before <= ties, tried, low)
     taken = above + tl.sum((tied & (turn < low)).to(tl.int32), 1)

@@ -17,6 +17,7 @@ from dspark.kernels.triton.launch import INTERPRETED, launch
 
 BLOCK_T, BLOCK_N, BLOCK_K = 64, 32, 128
 WARPS, STAGES = 4, 3
+LEAST_CAPABILITY = 80  # below, Triton's products run without tensor cores, and these tiles spill
 
 
 @triton.jit

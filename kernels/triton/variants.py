@@ -29,6 +29,7 @@ from dspark.kernels.triton.launch_configs import config_for
 CAPABILITIES = (75, 80, 86, 89, 90)
 _FP8_FROM = 89
 _FP8_SPILLS = 64  # bytes: it is scaled back in registers
+_WITHOUT_TENSOR_CORES = 192  # bytes, of products on sm_75
 
 Value = int | float | bool | str | None
 
@@ -216,11 +217,11 @@ def _linear(capability: int) -> Iterator[Variant]:
         },
         warps=linear.WARPS,
         stages=linear.STAGES,
+        least_capability=linear.LEAST_CAPABILITY,
     )  # fmt: skip
 
 
 def _drafting(capability: int) -> Iterator[Variant]:
-    del capability
     vocabulary, rank, width, candidates, chunk = 151_936, 256, 4096, 32, draft_head.CHUNK
     chunks = triton.cdiv(vocabulary, chunk)
     of_vocabulary: dict[str, Value] = {"VOCABULARY": vocabulary, "CHUNKS": chunks, "CHUNK": chunk}
@@ -237,6 +238,7 @@ def _drafting(capability: int) -> Iterator[Variant]:
             "GATHER": True, "WIDE": False, "PRECISION": "tf32",
         },
         stages=2,
+        spills=_WITHOUT_TENSOR_CORES if capability < linear.LEAST_CAPABILITY else 0,
     )  # fmt: skip
     for greedy in (False, True):
         yield Variant(
