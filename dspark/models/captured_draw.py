@@ -21,12 +21,12 @@ import torch
 
 from dspark.decoding.drawing import GREEDY, DrawnBlocks, DrawRules
 from dspark.kernels.transfer import Packing, to_device
+from dspark.models.capture import Capture
 
 log = logging.getLogger(__name__)
 
 _MOST_SESSIONS = 64  # beyond, kernels take longer than launching them
 _MOST_GRAPHS = 32  # the least recently used goes
-_WARM_UPS = 2  # kernels are compiled, and libraries choose theirs, in the first runs
 
 # From hidden states [S, B, d], anchors [S], rules, K and whether all are greedy to what is drawn.
 Draw = Callable[[torch.Tensor, torch.Tensor, DrawRules, int, bool], DrawnBlocks]
@@ -40,7 +40,7 @@ class CapturedDraw:
         """`capture`: whether graphs are made; `device` must be a CUDA device then."""
         self._draw = draw
         self._device = device
-        self._side = torch.cuda.Stream(device) if capture else None  # where warm-ups run
+        self._capture = Capture(device) if capture else None
         self._pool: Any = None  # torch's handle of the memory that the graphs share
         self._shapes: OrderedDict[Shape, _Static] = OrderedDict()
         self.failed = False  # a capture did; draws run as they are from then on
@@ -65,7 +65,7 @@ class CapturedDraw:
             static = _Static(padded, hidden, anchors)
         static.fill(hidden, anchors, rules)
         if shape not in self._shapes:
-            if self._side is not None and not self._captured(static, shape, self._side):
+            if self._capture is not None and not self._captured(static, shape, self._capture):
                 return self.run(hidden, anchors, rules, candidates)
             self._shapes[shape] = static
             if len(self._shapes) > _MOST_GRAPHS:
@@ -82,30 +82,21 @@ class CapturedDraw:
     def _run(self, static: _Static, shape: Shape) -> DrawnBlocks:
         return self._draw(static.hidden, static.anchors, static.rules, shape[2], shape[3])
 
-    def _captured(self, static: _Static, shape: Shape, side: torch.cuda.Stream) -> bool:
+    def _captured(self, static: _Static, shape: Shape, capture: Capture) -> bool:
         """Capture a draw whose buffers are filled; False, for good, if that cannot be done."""
-        main = torch.cuda.current_stream(self._device)
-        graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+
+        def run() -> None:
+            static.drawn = self._run(static, shape)
+
         try:
-            with torch.cuda.stream(main):  # a capture that fails leaves its own stream current
-                side.wait_stream(main)
-                with torch.cuda.stream(side):
-                    for _ in range(_WARM_UPS):
-                        self._run(static, shape)
-                # Other threads of the process (a verifier's) may allocate meanwhile.
-                with torch.cuda.graph(
-                    graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
-                ):
-                    static.drawn = self._run(static, shape)
-                main.wait_stream(side)
+            static.graph = capture(run, self._pool)
         except RuntimeError as error:
             self.failed = True
             self._shapes.clear()
             log.warning("draws are not captured, and cost more to launch: %s", error)
             return False
-        static.graph = graph
         log.info("captured the draw of %d blocks of %d from %d candidates", *shape[:3])
         return True
 

@@ -34,6 +34,7 @@ from dspark.kernels.attention_plan import (
     cut_into_tiles,
 )
 from dspark.kernels.transfer import Packing
+from dspark.models.capture import Capture
 from dspark.models.kv_cache import NOWHERE, PagedKVCache
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _MOST_GATHERED = 1 << 16
 _MOST_KEYS = 1 << 22
 _MOST_GRAPHS = 64  # of one cache; the least recently used goes
-_WARM_UPS = 2  # libraries choose their kernels, and make their workspaces, in the first runs
 
 Shape = tuple[int, int]  # T, W
 Output = tuple[torch.Tensor, torch.Tensor | None]  # logits [N, V] and taps [T, m·d]
@@ -88,7 +88,7 @@ class PaddedSteps:
         self._forward = forward
         self.gathers = gathers
         self._device = device
-        self._side = torch.cuda.Stream(device) if capture else None  # where warm-ups run
+        self._capture = Capture(device) if capture else None
         self._caches: WeakKeyDictionary[PagedKVCache, _Captured] = WeakKeyDictionary()
         self._logits: torch.Tensor | None = None  # [most rows, V] what graphs write, and the taps
         self._taps: torch.Tensor | None = None  # [most rows, m·d]
@@ -117,7 +117,7 @@ class PaddedSteps:
             step = _Step(shape, self._device)
         step.fill(token_ids, plan, logit_rows)
         if shape not in held.steps:
-            if self._side is not None and not self._captured(step, self._side, kv, held):
+            if self._capture is not None and not self._captured(step, self._capture, kv, held):
                 return None
             held.steps[shape] = step
             if len(held.steps) > _MOST_GRAPHS:
@@ -149,33 +149,18 @@ class PaddedSteps:
         if self._taps is not None and taps is not None:
             self._taps[:rows].copy_(taps)
 
-    def _captured(
-        self, step: _Step, side: torch.cuda.Stream, kv: PagedKVCache, held: _Captured
-    ) -> bool:
+    def _captured(self, step: _Step, capture: Capture, kv: PagedKVCache, held: _Captured) -> bool:
         """Capture a step whose buffers are filled; False, for good, if that cannot be done."""
         started = time.perf_counter()
-        main = torch.cuda.current_stream(self._device)
-        graph = torch.cuda.CUDAGraph()
         if held.pool is None:
             held.pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.stream(main):  # a capture that fails leaves its own stream current
-                side.wait_stream(main)
-                with torch.cuda.stream(side):
-                    for _ in range(_WARM_UPS):
-                        self._write(step, kv)
-                # Other threads of the process (a drafter's) may allocate meanwhile.
-                with torch.cuda.graph(
-                    graph, pool=held.pool, stream=side, capture_error_mode="thread_local"
-                ):
-                    self._write(step, kv)
-                main.wait_stream(side)
+            step.graph = capture(lambda: self._write(step, kv), held.pool)
         except RuntimeError as error:
             self.failed = True
             self._caches.clear()
             log.warning("steps are not captured, and cost more to launch: %s", error)
             return False
-        step.graph = graph
         log.info(
             "captured a step of %d rows over %d pages in %.0f ms (%d before it)",
             *step.shape, (time.perf_counter() - started) * 1e3, len(held.steps),
