@@ -1,11 +1,13 @@
-"""Attention kernels on a GPU, against the copy and matmul ceilings measured in the same run.
+"""The kernels on a GPU, against the copy and matmul ceilings measured in the same run.
 
     python benchmarks/kernels.py [--tune] [--json FILE]
 
-Each cell is a layer's attention at the shapes of Qwen3-8B (32 query heads over 8, of 128): so many
-sequences, rows each, and context. Layers in turn, so that none finds its keys in the L2 cache,
-captured as one CUDA graph, so that launching counts for nothing. `bytes` are those of keys, values,
-queries and results, read or written once; `of copy` is their rate over that of a copy.
+Attention first. Each cell is a layer's attention at the shapes of Qwen3-8B (32 query heads over 8,
+of 128): so many sequences, rows each, and context. Layers in turn, so that none finds its keys in
+the L2 cache, captured as one CUDA graph, so that launching counts for nothing. `bytes` are those of
+keys, values, queries and results, read or written once; `of copy` is their rate over that of a
+copy. Then all other kernels, each by the device's own clock, beside the time that a copy of what it
+must read and write would take.
 
 --tune tries launch configurations for decoding and verification and prints the best ones in the
 form of kernels/triton/launch_configs.json.
@@ -18,15 +20,17 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from dspark.decoding.drawing import DrawRules
 from dspark.evaluation.provenance import provenance
 from dspark.kernels.attention_plan import PAGE_SIZE, AttentionPlan, plan_attention
+from dspark.kernels.cpu.operators import JudgeRules
 from dspark.kernels.reference.paged_attention import paged_attention as reference
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
@@ -36,7 +40,7 @@ CELLS = (
     (1, 8, 8192), (8, 8, 8192), (32, 8, 2048), (32, 8, 8192), (1, 2048, 2048),
 )  # fmt: skip
 _CACHES_BYTES = 1 << 28  # of all layers together, at least: several times an L2 cache
-_REPEATS = 7
+_REPEATS = 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +183,99 @@ def tune() -> None:
         print("prompt", rows, keys, warps, stages, f"{us:.1f}")
 
 
+def others(copied: float) -> list[tuple[str, float, float]]:
+    """Kernels by name and shape: µs of a launch, and µs that a copy of as much would take."""
+    from dspark.kernels.triton import acceptance, admission, cache_write, draft_head, linear, rows
+
+    hidden, inner, vocabulary, rank, candidates = 4096, 12_288, 151_936, 256, 32
+
+    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
+    found = []
+
+    def time(label: str, moved: Mapping[str, float], run: Callable[[], object]) -> None:
+        for name, us in kernel_us(run).items():
+            if name in moved:
+                found.append((f"{name}, {label}", us, moved[name] / copied * 1e6))
+
+    for count in (32, 256):
+        x, delta, weight = normal(count, hidden), normal(count, hidden), normal(hidden)
+        time(f"{count} rows", {"add_rms_norm_kernel": 8.0 * count * hidden},
+             lambda x=x, d=delta, w=weight: rows.add_rms_norm(x, d, w, 1e-6))  # fmt: skip
+        gate_up = normal(count, 2 * inner)
+        time(f"{count} rows", {"silu_mul_kernel": 6.0 * count * inner},
+             lambda g=gate_up: rows.silu_mul(g))  # fmt: skip
+        qkv = normal(count, (HEADS + 2 * KV_HEADS) * WIDTH)
+        keys, values = normal(2, 4096, KV_HEADS, WIDTH)
+        angles = normal(count, WIDTH // 2, dtype=torch.float32)
+        norms = normal(WIDTH), normal(WIDTH)
+        slots = torch.arange(count, device="cuda")
+        time(f"{count} rows", {"rotate_write_kernel": 4.0 * qkv.numel()},
+             lambda q=qkv, a=angles, k=keys, v=values, s=slots, n=norms: cache_write.rotate_write(
+                 q, a, a, n, 1e-6, k, v, s))  # fmt: skip
+        weight = normal(6144, hidden)
+        time(f"{count} rows × 4096 × 6144", {"linear_kernel": 2.0 * weight.numel()},
+             lambda x=x, w=weight: linear.linear(x, w))  # fmt: skip
+    for sequences, kind, top_p in ((1, 0, 1.0), (32, 0, 1.0), (32, 1, 1.0), (32, 2, 1.0),
+                                   (32, 1, 0.9)):  # fmt: skip
+        lengths = [7] * sequences
+        logits = 3.0 * normal(8 * sequences, vocabulary)
+        rules = JudgeRules(
+            kinds=torch.full((sequences,), kind), temperature=torch.ones(sequences),
+            top_k=torch.zeros(sequences, dtype=torch.int64),
+            top_p=torch.full((sequences,), top_p),
+            accept_keys=torch.arange(7 * sequences), recover_keys=torch.arange(sequences),
+            noise_keys=torch.arange(8 * sequences),
+        )  # fmt: skip
+        ids = torch.randint(vocabulary, (7 * sequences, candidates))
+        law = torch.full(ids.shape, 1.0 / candidates)
+        label = f"{8 * sequences} rows, {('greedy', 'rejection', 'coupled')[kind]}"
+        read = 2.0 * logits.numel()
+        time(label + (f", top-p {top_p}" if top_p < 1 else ""),
+             {"row_chunks": read, "find_cuts": read, "decide": 0.0},
+             lambda x=logits, n=lengths, i=ids, p=law, r=rules: acceptance.judge(
+                 x, n, i[:, 0].contiguous(), i, p, r))  # fmt: skip
+        del logits
+    for sessions in (1, 32):
+        base, states = normal(sessions, 7, vocabulary), normal(sessions, 7, hidden)
+        head = draft_head.DraftHead(
+            torch.arange(vocabulary, device="cuda"), w1=normal(vocabulary, rank),
+            w2=normal(vocabulary, rank), confidence=normal(hidden + rank),
+            confidence_bias=normal(1),
+        )  # fmt: skip
+        draw = DrawRules(
+            kinds=torch.ones(sessions, dtype=torch.int64, device="cuda"),
+            temperature=torch.ones(sessions, device="cuda"),
+            top_k=torch.zeros(sessions, dtype=torch.int64, device="cuda"),
+            top_p=torch.ones(sessions, device="cuda"),
+            keys=torch.arange(7 * sessions, device="cuda").view(sessions, 7),
+        )
+        anchors = torch.zeros(sessions, dtype=torch.int64, device="cuda")
+        moved = {
+            "position_logits": vocabulary * (2.0 * rank + 6.0 * sessions),
+            "draw_position": 0.0,
+        }
+        time(f"{sessions} sessions", moved, lambda b=base, s=states, h=head, a=anchors, r=draw:
+             draft_head.draw_blocks(b, s, a, h, r, candidates))  # fmt: skip
+        del base
+    blocks = normal(512, 15, dtype=torch.float32)
+    time("512 × 15", {"admit_kernel": 0.0}, lambda: admission.admit(
+        blocks, torch.full((512,), 15, device="cuda"), torch.ones(15, device="cuda"),
+        torch.tensor([2000], device="cuda")))  # fmt: skip
+    return found
+
+
+def kernel_us(run: Callable[[], object]) -> dict[str, float]:
+    """Mean time of a launch, by kernel."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(_REPEATS):
+            run()
+        torch.cuda.synchronize()
+    return {event.key: event.self_device_time_total / event.count for event in seen.key_averages()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tune", action="store_true")
@@ -210,8 +307,15 @@ def main() -> None:
               f"{result.of_copy:.2f} | {result.of_matmul:.2f} |", flush=True)  # fmt: skip
         del cell
         torch.cuda.empty_cache()
+    print("| kernel | µs | a copy of as much, µs |")
+    print("|---|---|---|")
+    small = others(copied)
+    for name, us, floor_us in small:
+        print(
+            f"| {name} | {us:.1f} | {floor_us:.1f} |" if floor_us else f"| {name} | {us:.1f} | – |"
+        )
     if options.json:
-        found = {"cells": [asdict(result) for result in results], **provenance()}
+        found = {"others": small, "cells": [asdict(result) for result in results], **provenance()}
         options.json.write_text(json.dumps({"copy": copied, "matmul": multiplied, **found}))
 
 
