@@ -3,7 +3,7 @@
 A step's rows are cut into tiles: rows of one sequence, that stand one after the other. A tile's
 program takes the query heads that share a KV head together, so that its keys are read once for all
 of them, and a stretch of the keys. Long sequences have several stretches, for several programs, and
-a second kernel merges what they found.
+a second kernel merges what they found. Prompts have tiles enough: theirs take all keys in turn.
 
     o_i = Σ_j softmax_j(s(q_i · k_j)) v_j,   first_i <= j <= reach_i
 
@@ -30,7 +30,11 @@ from dspark.kernels.triton.launch_configs import AttentionConfig, attention_conf
 _LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+ALL_KEYS = 1 << 30  # a stretch that nothing is longer than
+
+
+# How many stretches there are changes from step to step: nothing is compiled anew for that.
+@triton.jit(do_not_specialize=["stretches", "table_width"])
 def attend_tiles(
     out,  # [T, H, Dv], where there is one stretch
     partial,  # [T, H, X, Dv] fp32, where there are several
@@ -49,6 +53,7 @@ def attend_tiles(
     value_scales,  # [G] fp32
     query_stride,
     table_width,
+    stretches,
     scale_log2,  # of scores, times log2 e; without log2 e where they are capped
     softcap,
     HEADS: tl.constexpr,
@@ -61,7 +66,7 @@ def attend_tiles(
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
     STRETCH: tl.constexpr,  # keys
-    STRETCHES: tl.constexpr,
+    SPLIT: tl.constexpr,  # there are several stretches
     HAS_FIRST: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -89,7 +94,7 @@ def attend_tiles(
         begin = 0
     from_key = tl.maximum(stretch * STRETCH, begin // BLOCK_N * BLOCK_N)
     to_key = tl.minimum((stretch + 1) * STRETCH, end)
-    if (from_key >= to_key) & (STRETCHES > 1):
+    if (from_key >= to_key) & SPLIT:
         return  # nobody asks: the merge knows by the same bounds
 
     d = tl.arange(0, BLOCK_D)
@@ -155,7 +160,7 @@ def attend_tiles(
         mixed = mixed * tl.load(value_scales + group)
     place = row * HEADS + head
     shown = real[:, None] & (dv < VALUE_WIDTH)[None, :]
-    if STRETCHES == 1:
+    if not SPLIT:
         if HAS_SINKS:  # as the merge does it, to the bit
             sink = tl.load(sinks + head, mask=real, other=0.0) * 1.4426950408889634
             now = tl.maximum(lse, sink)
@@ -167,28 +172,33 @@ def attend_tiles(
             mask=shown,
         )
     else:
-        place = place * STRETCHES + stretch
+        place = place * stretches + stretch
         tl.store(partial + place[:, None] * VALUE_WIDTH + dv[None, :], mixed, mask=shown)
         tl.store(partial_lse + place, lse, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stretches"])
 def merge_stretches(
     out,  # [T, H, Dv]
     partial,  # [T, H, X, Dv] fp32
     partial_lse,  # [T, H, X] fp32
+    tile_first,  # [M] int32
+    tile_rows,  # [M] int32
     reach,  # [T] int64
     first_seen,  # [T] int64
     sinks,  # [H] fp32
+    stretches,
     HEADS: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STRETCH: tl.constexpr,
-    STRETCHES: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    member = tl.program_id(2)
+    if member >= tl.load(tile_rows + tl.program_id(0)):
+        return
+    row = (tl.load(tile_first + tl.program_id(0)) + member).to(tl.int64)
     head = tl.program_id(1)
     place = row * HEADS + head
     dv = tl.arange(0, BLOCK_V)
@@ -201,7 +211,7 @@ def merge_stretches(
     total = 0.0
     acc = tl.zeros([BLOCK_V], tl.float32)
     for stretch in range(begin, end):
-        at = place * STRETCHES + stretch
+        at = place * stretches + stretch
         lse = tl.load(partial_lse + at)
         mixed = tl.load(partial + at * VALUE_WIDTH + dv, mask=dv < VALUE_WIDTH, other=0.0)
         now = tl.maximum(highest, lse)
@@ -245,48 +255,50 @@ def paged_attention(
     out = query.new_empty(total, heads, value_width)
     stretches = -(-placed.tables.shape[1] * PAGE_SIZE // config.split_keys)
     nothing = out  # for pointers that a variant does not follow
-    partial, lse = nothing, nothing
-    if stretches > 1:
-        partial = query.new_empty(total, heads, stretches, value_width, dtype=torch.float32)
-        lse = query.new_empty(total, heads, stretches, dtype=torch.float32)
     sinks = None if sinks is None else sinks.float()
+    bounds = placed.reach, nothing if first_seen is None else first_seen
     sizes = {
         "HEADS": heads,
         "VALUE_WIDTH": value_width,
         "BLOCK_V": max(16, triton.next_power_of_2(value_width)),
-        "STRETCH": config.split_keys,
-        "STRETCHES": stretches,
         "HAS_FIRST": first_seen is not None,
         "HAS_SINKS": sinks is not None,
     }
     fold = heads // kv_heads
-    short = config.block_keys, config.warps, config.stages
-    long = config.long_block_keys, config.long_warps, config.long_stages
     for tiles, most_rows in plan.tiles(0 if one_size else config.long_rows // fold):
-        block_keys, warps, stages = short if most_rows == TILE_ROWS else long
+        short = most_rows == TILE_ROWS
+        split = short and stretches > 1
+        partial, lse = nothing, nothing
+        if split:
+            shape = total, heads, stretches
+            partial = query.new_empty(*shape, value_width, dtype=torch.float32)
+            lse = query.new_empty(shape, dtype=torch.float32)
+        stretch = config.split_keys if short else ALL_KEYS
         launch(
             attend_tiles,
-            (len(tiles.first), kv_heads, stretches),
-            out, partial, lse, query, keys, values, *tiles, placed.tables, placed.reach,
-            nothing if first_seen is None else first_seen,
+            (len(tiles.first), kv_heads, stretches if split else 1),
+            out, partial, lse, query, keys, values, *tiles, placed.tables, *bounds,
             nothing if sinks is None else sinks,
             *((nothing, nothing) if scales is None else scales),
-            query.stride(0), placed.tables.shape[1],
+            query.stride(0), placed.tables.shape[1], stretches,
             scale if softcap is not None else scale * _LOG2_E,
             softcap or 0.0,
             **sizes,
-            KV_HEADS=kv_heads, WIDTH=width, BLOCK_D=max(16, triton.next_power_of_2(width)),
+            STRETCH=stretch, SPLIT=split, KV_HEADS=kv_heads, WIDTH=width,
+            BLOCK_D=max(16, triton.next_power_of_2(width)),
             BLOCK_M=max(16, triton.next_power_of_2(most_rows * fold)),
-            BLOCK_N=block_keys, PAGE=PAGE_SIZE,
+            BLOCK_N=config.block_keys if short else config.long_block_keys, PAGE=PAGE_SIZE,
             HAS_SOFTCAP=softcap is not None, HAS_SCALES=scales is not None,
             WIDE=INTERPRETED and query.dtype == torch.bfloat16,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            num_warps=warps, num_stages=stages,
+            num_warps=config.warps if short else config.long_warps,
+            num_stages=config.stages if short else config.long_stages,
         )  # fmt: skip
-    if stretches > 1:
-        launch(
-            merge_stretches, (total, heads),
-            out, partial, lse, placed.reach, nothing if first_seen is None else first_seen,
-            nothing if sinks is None else sinks, **sizes, num_warps=1,
-        )  # fmt: skip
+        if split:
+            launch(
+                merge_stretches, (len(tiles.first), heads, TILE_ROWS),
+                out, partial, lse, tiles.first, tiles.rows, *bounds,
+                nothing if sinks is None else sinks, stretches,
+                **sizes, STRETCH=stretch, num_warps=1,
+            )  # fmt: skip
     return out

@@ -28,7 +28,7 @@ from dspark.kernels.triton.launch_configs import config_for
 
 CAPABILITIES = (75, 80, 86, 89, 90)
 _FP8_FROM = 89
-_FP8_SPILLS = 64  # bytes: it is scaled back in registers
+_FP8_SPILLS = 96  # bytes: it is scaled back in registers
 _WITHOUT_TENSOR_CORES = 192  # bytes, of products on sm_75
 
 Value = int | float | bool | str | None
@@ -95,18 +95,19 @@ def _attention(capability: int) -> Iterator[Variant]:
         for long in (False, True):
             yield _attend(heads, capability, long=long, kind="bf16")
     qwen, gemma = HEADS[1], HEADS[2]
-    yield _attend(qwen, capability, long=False, kind="fp16", stretches=1)
+    yield _attend(qwen, capability, long=False, kind="fp16")
     yield _attend(gemma, capability, long=False, kind="bf16", everything=True)
     yield _attend(qwen, capability, long=False, kind="fp8", key_type="*fp8e4nv", scales=True)
     yield Variant(
         "merge_stretches bf16 128",
         attention.merge_stretches,
         {
-            "out": "*bf16", "partial": "*fp32", "partial_lse": "*fp32", "reach": "*i64",
-            "first_seen": "*i64", "sinks": "*fp32",
+            "out": "*bf16", "partial": "*fp32", "partial_lse": "*fp32", "tile_first": "*i32",
+            "tile_rows": "*i32", "reach": "*i64", "first_seen": "*i64", "sinks": "*fp32",
+            "stretches": "i32",
         },
         {
-            "HEADS": 32, "VALUE_WIDTH": 128, "BLOCK_V": 128, "STRETCH": 512, "STRETCHES": 16,
+            "HEADS": 32, "VALUE_WIDTH": 128, "BLOCK_V": 128, "STRETCH": 512,
             "HAS_FIRST": False, "HAS_SINKS": False,
         },
         warps=1,
@@ -120,7 +121,6 @@ def _attend(
     long: bool,
     kind: str,
     key_type: str | None = None,
-    stretches: int = 16,
     everything: bool = False,
     scales: bool = False,
 ) -> Variant:
@@ -133,7 +133,8 @@ def _attend(
         "keys": key_type or row_type, "values": key_type or row_type, "tile_first": "*i32",
         "tile_rows": "*i32", "tile_sequence": "*i32", "tables": "*i32", "reach": "*i64",
         "first_seen": "*i64", "sinks": "*fp32", "key_scales": "*fp32", "value_scales": "*fp32",
-        "query_stride": "i32", "table_width": "i32", "scale_log2": "fp32", "softcap": "fp32",
+        "query_stride": "i32", "table_width": "i32", "stretches": "i32",
+        "scale_log2": "fp32", "softcap": "fp32",
     }  # fmt: skip
     what = "prompt" if long else "block"
     return Variant(
@@ -145,7 +146,8 @@ def _attend(
             "VALUE_WIDTH": heads.width, "BLOCK_D": heads.width, "BLOCK_V": heads.width,
             "BLOCK_M": max(16, triton.next_power_of_2(most_rows * fold)),
             "BLOCK_N": config.long_block_keys if long else config.block_keys,
-            "PAGE": PAGE_SIZE, "STRETCH": config.split_keys, "STRETCHES": stretches,
+            "STRETCH": attention.ALL_KEYS if long else config.split_keys, "SPLIT": not long,
+            "PAGE": PAGE_SIZE,
             "HAS_FIRST": everything, "HAS_SINKS": everything, "HAS_SOFTCAP": everything,
             "HAS_SCALES": scales, "WIDE": False, "PRECISION": "tf32",
         },
