@@ -10,7 +10,7 @@ from dspark.types import Request, SamplingParams, VerifyMode
 pytest.importorskip("triton")
 from dspark.kernels.triton.launch import launches
 
-TOKENS = 10
+TOKENS = 6
 SAMPLINGS = {
     "greedy": SamplingParams(temperature=0.0, max_tokens=TOKENS),
     "coupled": SamplingParams(

@@ -114,7 +114,7 @@ def options_for(case: Case, window: int | None, softcap: float | None, sinks: bo
     }
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     sequences, heads, widths, types, st.booleans(), st.none() | st.integers(1, 90),
     st.none() | st.integers(1, 60), st.none() | st.floats(0.5, 5.0), st.booleans(),

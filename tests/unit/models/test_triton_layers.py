@@ -100,17 +100,14 @@ def alone_and_among_others(target: TargetModel) -> tuple[torch.Tensor, torch.Ten
     found = []
     for cache, others in ((alone, (0, 0, 0)), (among, (40, 3, 1))):
         rows = [cache.step(target, (21, *others)).logits[:21]]
-        rows += [cache.step(target, (1, *(min(n, 2) for n in others))).logits[:1] for _ in range(4)]
+        rows += [cache.step(target, (1, *(min(n, 2) for n in others))).logits[:1] for _ in range(2)]
         found.append(torch.cat(rows))
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_batch_invariant_rows_say_the_same_to_the_bit(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batch_invariant_rows_say_the_same_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSPARK_KERNELS", "triton")
-    model = hf_model(family, vocab=64, hidden_size=96, intermediate_size=200)
+    model = hf_model("qwen2", vocab=64, hidden_size=96, intermediate_size=200)
     target = TargetModel(model, TAPS, padded=False, batch_invariant=True)
     alone, among = alone_and_among_others(target)
     assert torch.equal(alone, among)
