@@ -146,18 +146,16 @@ class TargetModel:
         return cls(model.to(device), tap_layer_ids, batch_invariant=batch_invariant)
 
     def _on_triton(self) -> bool:
-        """Whether Triton's kernels serve the attention of every layer."""
-        config = self.config
+        """Whether Triton's kernels are known to serve the attention of every layer."""
+        heads: int = self.config.num_attention_heads
+        kv_heads: int = getattr(self.config, "num_key_value_heads", None) or heads
+        layers = self.model.get_decoder().layers
         widths = {
-            getattr(layer.self_attn, "head_dim", 0) for layer in self.model.get_decoder().layers
-        }
+            getattr(getattr(layer, "self_attn", None), "head_dim", 0) for layer in layers
+        }  # 0, which nothing serves, where a family has other names
         return all(
-            serves_with_triton(
-                self.dtype, self.device, width, config.num_attention_heads,
-                config.num_key_value_heads,
-            )
-            for width in widths
-        )  # fmt: skip
+            serves_with_triton(self.dtype, self.device, width, heads, kv_heads) for width in widths
+        )
 
     def _check_attention(self) -> None:
         """Run one token; CheckpointError unless every layer's attention reads our pages."""
