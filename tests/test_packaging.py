@@ -48,8 +48,8 @@ def test_the_wheel_holds_the_code(wheel: frozenset[str], folder: str) -> None:
     assert modules <= wheel
 
 
-def test_the_wheel_holds_the_operators(wheel: frozenset[str]) -> None:
-    for pattern in ("*.cpp", "*.h"):
+def test_the_wheel_holds_what_kernels_are_made_of(wheel: frozenset[str]) -> None:
+    for pattern in ("*.cpp", "*.h", "*.json"):
         assert files("kernels", pattern)
         assert files("kernels", pattern) <= wheel
 
