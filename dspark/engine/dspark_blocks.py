@@ -36,15 +36,12 @@ class DSparkBlocks:
     def draft(
         self, rows: Seq[Rows], wanting: Seq[Rows], kv: PagedKVCache, candidates: int
     ) -> list[Draft]:
-        """See Drafter.
-
-        All blocks are drafted as long as the longest: some more rows cost less than another pass.
-        """
+        """See Drafter."""
         self._write([row for row in rows if len(row.context)], kv)
-        if not wanting:
-            return []
-        longest = max(row.work.block_size for row in wanting)
-        return [self._draft(wanting, longest, kv, candidates)]
+        of: dict[int, list[Rows]] = {}
+        for row in wanting:
+            of.setdefault(row.work.block_size, []).append(row)
+        return [self._draft(own, size, kv, candidates) for size, own in sorted(of.items())]
 
     def _write(self, rows: Seq[Rows], kv: PagedKVCache) -> None:
         if not rows:

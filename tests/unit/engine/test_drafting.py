@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from helpers.tiny import tiny_drafter, tiny_target
 from scipy import stats
 
-from dspark.decoding.drawing import DrawnBlocks
 from dspark.engine import drafting
 from dspark.engine.drafting import DraftEngine
 from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.engine.judge import Judged, judge
-from dspark.models.draft_forward import ModuleDraftForward
 from dspark.types import (
     BlockProposal,
     DraftWork,
@@ -89,27 +85,6 @@ def test_a_block_is_the_same_whoever_shares_the_batch() -> None:
         "c": 4,
         "s": 4,
     }
-
-
-def test_blocks_of_several_lengths_are_drafted_in_one_pass(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    passes: list[tuple[int, ...]] = []
-    honest = ModuleDraftForward.draw
-
-    def draw(self: ModuleDraftForward, hidden: torch.Tensor, *others: Any) -> DrawnBlocks:
-        passes.append(tuple(hidden.shape[:2]))
-        return honest(self, hidden, *others)
-
-    monkeypatch.setattr(ModuleDraftForward, "draw", draw)
-    # The last context ends where a page does: the longer block takes another.
-    works = [work("a", 3), work("b", 20, block_size=2), work("c", 15, block_size=1)]
-    proposals, resyncs = engine().run(works)
-    assert not resyncs
-    assert passes == [(3, 4)]
-    assert {p.fence.session: len(p.token_ids) for p in proposals} == {"a": 4, "b": 2, "c": 1}
-    longer = block(engine(), work("b", 20))
-    assert proposals[1].token_ids.tolist() == longer.token_ids[:2].tolist()
 
 
 def test_a_gap_is_answered_for_its_own_session_only() -> None:
