@@ -24,7 +24,7 @@ from dspark.kernels.reference.row_attention import row_attention
 log = logging.getLogger(__name__)
 
 _TRITON_WIDTHS = range(8, 257)
-_TRITON_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRITON_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_SHARING = 16  # query heads of one KV head: a tile of eight rows has them all
 
 
@@ -198,7 +198,7 @@ def serves_with_triton(
     """Whether Triton's kernels serve attention of this kind here."""
     return (
         has_triton(device)
-        and dtype in _TRITON_TYPES
+        and dtype in TRITON_TYPES
         and width in _TRITON_WIDTHS
         and heads <= _MOST_SHARING * kv_heads
     )
@@ -218,7 +218,7 @@ def new_store(
     slots, kind = num_pages * PAGE_SIZE, f"{keys.dtype} heads of {width} on {device.type}"
     if has_triton(device):
         widths = (width, values.shape[2])
-        if keys.dtype in _TRITON_TYPES and all(w in _TRITON_WIDTHS for w in widths):
+        if keys.dtype in TRITON_TYPES and all(w in _TRITON_WIDTHS for w in widths):
             _explain(f"attention of {kind}: Triton kernels")
             return TritonStore(slots, keys, values, device)
         _explain(f"attention of {kind}: the torch reference, for want of kernels", unserved=True)

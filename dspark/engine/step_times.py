@@ -125,16 +125,16 @@ def _kept(name: str, grid: Grid, stores: Sequence[StepTimeStore]) -> StepTimeTab
 def fingerprint(target: TargetModel, grid: Grid) -> str:
     """Names what a table is valid for.
 
-    That is the target's configuration, type, taps and way of running; the device by name, with the
-    operators' instruction set and the threads where it is a CPU; torch; the engine's version;
-    how many processes share a step; and what was measured, which holds the engine's bounds. Not
-    the weights: their values do not change what multiplying by them takes.
+    That is the target's configuration, type, taps and way of running, batch-invariant or not; the
+    device by name, with the operators' instruction set and the threads where it is a CPU; torch;
+    the engine's version; how many processes share a step; and what was measured, which holds the
+    engine's bounds. Not the weights: their values do not change what multiplying by them takes.
     """
     facts = (
         target.config.to_json_string(use_diff=False),
         str(target.dtype),
         target.tap_layer_ids,
-        (target.fused, target.padded is not None),
+        (target.fused, target.padded is not None, target.batch_invariant),
         _device(target.device),
         torch.__version__,
         (__version__, STEP_VERSION),

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from dspark.decoding.drawing import DrawnBlocks, DrawRules, draw
 from dspark.kernels.attention_plan import AttentionPlan
 from dspark.kernels.cpu import operators
-from dspark.kernels.dispatch import has_triton
+from dspark.kernels.dispatch import TRITON_TYPES, has_triton
 from dspark.kernels.transfer import to_device
 from dspark.models.captured_draw import CapturedDraw
 from dspark.models.drafter import DSparkDrafter
@@ -33,7 +33,6 @@ from dspark.models.target import ATTENTION_NAME, register_attention
 if TYPE_CHECKING:
     from dspark.kernels.triton.draft_head import DraftHead
 
-_TRITON_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_CANDIDATES = 64  # that the Triton kernels serve
 
 
@@ -83,7 +82,7 @@ class ModuleDraftForward:
         weight = drafter.head_weight.to(drafter.norm.weight.dtype)
         self._head: Any = lambda hidden: F.linear(hidden, weight)
         self._kernels: CapturedDraw | None = None
-        if has_triton(weight.device) and weight.dtype in _TRITON_TYPES:
+        if has_triton(weight.device) and weight.dtype in TRITON_TYPES:
             self._draft_head = _draft_head(drafter)
             self._kernels = CapturedDraw(
                 self._draw_by_kernels, weight.device, capture=weight.device.type == "cuda"

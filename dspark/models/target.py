@@ -84,6 +84,7 @@ class TargetModel:
         self.config = config
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
+        self.batch_invariant = batch_invariant
         self.vocab_size: int = config.vocab_size
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers

@@ -27,7 +27,8 @@ from dspark.kernels.attention_plan import PAGE_SIZE, TILE_ROWS, AttentionPlan, R
 from dspark.kernels.triton.launch import INTERPRETED, launch
 from dspark.kernels.triton.launch_configs import AttentionConfig, attention_config
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 ALL_KEYS = 1 << 30  # a stretch that nothing is longer than
@@ -131,7 +132,7 @@ def attend_tiles(
         if HAS_SOFTCAP:
             small = tl.exp(-2.0 * tl.abs(scores) / softcap)  # tanh, without overflow
             capped = softcap * (1.0 - small) / (1.0 + small)
-            scores = tl.where(scores < 0.0, -capped, capped) * 1.4426950408889634
+            scores = tl.where(scores < 0.0, -capped, capped) * _LOG2_E
         seen = there[None, :] & (key[None, :] <= last[:, None])
         if HAS_FIRST:
             seen = seen & (key[None, :] >= earliest[:, None])
@@ -162,7 +163,7 @@ def attend_tiles(
     shown = real[:, None] & (dv < VALUE_WIDTH)[None, :]
     if not SPLIT:
         if HAS_SINKS:  # as the merge does it, to the bit
-            sink = tl.load(sinks + head, mask=real, other=0.0) * 1.4426950408889634
+            sink = tl.load(sinks + head, mask=real, other=0.0) * _LOG2_E
             now = tl.maximum(lse, sink)
             weight = tl.exp2(lse - now)
             mixed = mixed * weight[:, None] / (weight + tl.exp2(sink - now))[:, None]
@@ -222,7 +223,7 @@ def merge_stretches(
         total = total * shrink + weight
         highest = now
     if HAS_SINKS:
-        sink = tl.load(sinks + head) * 1.4426950408889634
+        sink = tl.load(sinks + head) * _LOG2_E
         now = tl.maximum(highest, sink)
         shrink = tl.exp2(highest - now)
         acc = acc * shrink
@@ -281,7 +282,7 @@ def paged_attention(
             nothing if sinks is None else sinks,
             *((nothing, nothing) if scales is None else scales),
             query.stride(0), placed.tables.shape[1], stretches,
-            scale if softcap is not None else scale * _LOG2_E,
+            scale if softcap is not None else scale * LOG2_E,
             softcap or 0.0,
             **sizes,
             STRETCH=stretch, SPLIT=split, KV_HEADS=kv_heads, WIDTH=width,

@@ -69,11 +69,14 @@ def test_threads_taps_and_the_engines_version_are_in_the_fingerprint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = {fingerprint(TARGET, GRID), fingerprint(TargetModel(hf_model()), GRID)}
+    with monkeypatch.context() as patch:
+        patch.setattr(TARGET, "batch_invariant", True)  # other products
+        names.add(fingerprint(TARGET, GRID))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     names.add(fingerprint(TARGET, GRID))
     monkeypatch.setattr(module, "STEP_VERSION", 1000)
     names.add(fingerprint(TARGET, GRID))
-    assert len(names) == 4
+    assert len(names) == 5
 
 
 def test_other_weights_of_the_same_shape_take_as_long() -> None:

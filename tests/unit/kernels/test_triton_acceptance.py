@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -363,7 +364,7 @@ def test_the_cpu_operator_comes_to_the_same_verdicts(
 def test_the_engine_comes_to_the_verdicts_of_the_torch_reference(
     requests: list[tuple[int, int]],
 ) -> None:
-    rules: list[dict[str, object]] = [
+    rules: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 0.7},
         {"top_k": 20, "top_p": 0.8},
@@ -384,7 +385,7 @@ def test_the_engine_comes_to_the_verdicts_of_the_torch_reference(
             best.indices.numpy(),
             torch.softmax(best.values, -1).numpy(),
         )
-        sampling = SamplingParams(seed=i, **rules[rule])  # type: ignore[arg-type]
+        sampling = SamplingParams(seed=i, **rules[rule])
         request = Request(str(i), (0,) * 30, sampling)
         judged.append(Judged(request, fence, proposal if length else None, length))
         parts.append(logits)
@@ -429,9 +430,9 @@ def test_what_is_emitted_follows_the_target_law() -> None:
     assert stats.chisquare(seen, (p.double() / p.double().sum()).numpy() * count).pvalue > 1e-6
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def draw_all(words, uniforms, gumbels, keys, COUNT: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    i = tl.arange(0, COUNT)
+@triton.jit
+def draw_all(words, uniforms, gumbels, keys, count: tl.constexpr):
+    i = tl.arange(0, count)
     key = tl.load(keys + i)
     tl.store(words + i, mix(key.to(tl.uint64, bitcast=True)).to(tl.int64, bitcast=True))
     tl.store(uniforms + i, uniform(key))
@@ -445,7 +446,7 @@ def test_the_noise_is_that_of_the_reference() -> None:
     keys[1:6] = edges
     words = torch.empty(256, dtype=torch.int64, device=DEVICE)
     uniforms, gumbels = torch.empty(2, 256, dtype=torch.float64, device=DEVICE)
-    launch(draw_all, (1,), words, uniforms, gumbels, keys.to(DEVICE), COUNT=256)
+    launch(draw_all, (1,), words, uniforms, gumbels, keys.to(DEVICE), count=256)
     assert torch.equal(words.cpu(), noise._mix(keys))
     assert torch.equal(uniforms.cpu(), noise.uniform(keys))
     expected = noise.gumbel(keys[:1], torch.arange(256))[0]
