@@ -33,7 +33,7 @@ def reported_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, shown: bool = True) -> Progress:
     """A bar with count, elapsed time and an estimate; on stderr, so that output can be piped."""
     return Progress(
         TextColumn("{task.description}"),
@@ -43,4 +43,5 @@ def progress_bar() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=err,
+        disable=not shown,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,8 +16,10 @@ from dspark.cli.console import out as out_console
 from dspark.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dspark.training.job import TrainJob
     from dspark.training.memory import Memory
     from dspark.training.text import TextConfig
+    from dspark.training.trainer import Measures
 
 
 class Head(StrEnum):
@@ -61,7 +64,9 @@ def train(
         max=0.99999,
         help="Of the weights' average, which is what is saved; 0: none.",
     ),
-    workers: int = typer.Option(1, min=1, help="Data-parallel workers, through Ray Train."),
+    workers: int = typer.Option(
+        1, min=1, help="Data-parallel workers, through Ray Train; or start it under torchrun."
+    ),
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Say how much memory it takes, and stop."
     ),
@@ -78,11 +83,12 @@ def train(
     with reported_errors():
         from dspark.models.builtin import resolve_target
         from dspark.models.tokenizer import load_tokenizer
-        from dspark.training.job import CHECKPOINT, TrainJob, run_job
+        from dspark.training.job import CHECKPOINT, TrainJob
         from dspark.training.memory import training_memory
+        from dspark.training.peers import under_torchrun
         from dspark.training.shape import drafter_config
         from dspark.training.text import TextConfig
-        from dspark.training.trainer import Measures, TrainConfig
+        from dspark.training.trainer import TrainConfig
         from dspark.training.workers import run_on_workers
 
         shape = drafter_config(
@@ -118,6 +124,8 @@ def train(
             out_console.print(_memory_table(memory))
             return
         text = TextConfig(tokens=tokens, temperatures=_numbers(temperatures), seed=seed)
+        if under_torchrun():
+            _check_torchrun(workers, device, text, out)
         out.mkdir(parents=True, exist_ok=True)
         _write(target, text, out, concurrency, device)
         logs = find_spec("tensorboardX") is not None
@@ -127,16 +135,41 @@ def train(
         if workers > 1:
             run_on_workers(job, workers)
         else:
-            with progress_bar() as bar:
-                task = bar.add_task("training (steps)", total=steps)
-
-                def show(step: int, loss: float, measures: Measures | None) -> None:
-                    bar.update(task, completed=step, description=f"training, loss {loss:.3f}")
-                    if measures is not None:
-                        bar.console.print(measures.summary(step), highlight=False)
-
-                run_job(job, show)
+            _run_here(job)
         err.print(f"the drafter is at {out / CHECKPOINT}", highlight=False)
+
+
+def _run_here(job: TrainJob) -> None:
+    """In this process, one of several if torchrun says so; the first shows how it goes."""
+    from dspark.training.job import run_job
+    from dspark.training.peers import Peers, joined
+
+    with joined(job.device) as device, progress_bar(shown=Peers().first) as bar:
+        task = bar.add_task("training (steps)", total=job.config.steps)
+
+        def show(step: int, loss: float, measures: Measures | None) -> None:
+            bar.update(task, completed=step, description=f"training, loss {loss:.3f}")
+            if measures is not None and Peers().first:
+                bar.console.print(measures.summary(step), highlight=False)
+
+        run_job(replace(job, device=device), show)
+
+
+def _check_torchrun(workers: int, device: str, text: TextConfig, out: Path) -> None:
+    from dspark.training.job import TEXT
+    from dspark.training.text import tokens_written
+
+    if workers > 1:
+        raise ConfigError("torchrun has started the workers already: leave --workers out")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"--device {device} would put all of torchrun's workers on one GPU: give --device cuda"
+        )
+    if (written := tokens_written(out / TEXT)) < text.tokens:
+        raise ConfigError(
+            f"{out / TEXT} holds {written} of {text.tokens} tokens, and torchrun's workers would "
+            "all write the rest: run the command once without torchrun, or lower --tokens"
+        )
 
 
 def _write(target: str, text: TextConfig, out: Path, concurrency: int, device: str) -> None:

@@ -6,10 +6,36 @@ nothing else has to be sent. A worker alone is the case of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """With the processes that torchrun started, if it did: the device of this one.
+
+    `device`: cpu, or cuda for a GPU each.
+    """
+    if not under_torchrun():
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 class Peers:

@@ -12,6 +12,7 @@ from helpers.tokenizer import byte_level
 
 from dspark.models.target import TargetModel
 from dspark.training.job import TEXT, TrainJob, run_job
+from dspark.training.peers import joined
 from dspark.training.text import Conversation, write_conversations
 from dspark.training.trainer import TrainConfig
 
@@ -54,4 +55,6 @@ def job(folder: Path, *, logs: bool = False) -> TrainJob:
 
 
 if __name__ == "__main__":
-    run_job(job(Path(sys.argv[1])), lambda step, loss, measures: print(step, flush=True))
+    own = job(Path(sys.argv[1]))
+    with joined(own.device):
+        run_job(own, lambda step, loss, measures: print(step, flush=True))

@@ -33,10 +33,10 @@ def weights(of: TrainJob) -> dict[str, torch.Tensor]:
     return drafter
 
 
-def process(folder: Path) -> subprocess.Popen[str]:
+def process(folder: Path, *launcher: str) -> subprocess.Popen[str]:
     """The run of a folder, in a process of its own: sums hang on how many threads there are."""
     return subprocess.Popen(
-        [sys.executable, "-m", "helpers.training", str(folder)],
+        [sys.executable, *launcher, "-m", "helpers.training", str(folder)],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         text=True,
@@ -87,6 +87,20 @@ def test_two_workers_train_what_one_does(tmp_path: Path) -> None:
     with process(tmp_path / "one") as running:
         running.communicate()
     run_on_workers(two, 2)
+    assert_alike(one, two)
+
+
+@pytest.mark.usefixtures("alike")
+def test_two_that_torchrun_starts_train_what_one_does(tmp_path: Path) -> None:
+    one, two = job(tmp_path / "one"), job(tmp_path / "two")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    for folder, launcher in (("one", ()), ("two", torchrun)):
+        with process(tmp_path / folder, *launcher) as running:
+            running.communicate()
+    assert_alike(one, two)
+
+
+def assert_alike(one: TrainJob, two: TrainJob) -> None:
     got = weights(two)
     for name, tensor in weights(one).items():
         torch.testing.assert_close(got[name], tensor, atol=2e-3, rtol=1e-2)
