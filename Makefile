@@ -58,7 +58,7 @@ protos: $(INSTALLED) ## Regenerate dspark/pb from protos/
 	$(BIN)/python scripts/gen_protos.py
 
 test: model ## Run the tests (ARGS='-k gateway' goes to pytest)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadgroup $(ARGS)
 
 demo: model ## Run examples/demo.py: the four services on this machine
 	$(BIN)/python examples/demo.py $(ARGS)
