@@ -5,21 +5,26 @@
 Arms take turns of a second, as in `dspark bench`: plain decoding, one draft token (what an MTP head
 brings), whole blocks, adaptive. Writes frontier.json, and with the extra `bench` figure7.png
 (throughput against the speed of one user) and figure8.png (verified draft tokens a request and
-step, against concurrency).
+step, against concurrency). --shape: random weights of that shape, whose drafter's blocks stand as
+those of a recorded trace did (benchmarks/imposed.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
+from imposed import SHAPES, Trace, imposed_verifier
+
 from dspark.cli.bench import PROMPTS
 from dspark.config import EngineConfig
 from dspark.engine.llm import LLM
+from dspark.engine.verifier import VerifierEngine
 from dspark.evaluation.plots import Point, plot_lines, require_matplotlib
 from dspark.evaluation.prompts import read_prompts
 from dspark.evaluation.provenance import provenance
@@ -35,18 +40,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=Path, help="JSONL; default: those of dspark bench")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape")
+    parser.add_argument("--trace", type=Path, help="how its drafter agrees with it")
     options = parser.parse_args()
     levels = [int(part) for part in options.concurrency.split(",")]
     require_matplotlib()
     options.out.mkdir(parents=True, exist_ok=True)
     engine = EngineConfig(max_requests=max(levels), cache_tokens=512 * max(64, max(levels)))
-    llm = LLM(options.target, options.drafter, engine=engine)
-    if not llm.speculative:
-        sys.exit(f"nothing drafts for {options.target!r}: name a drafter with --drafter")
-    prompts = read_prompts(options.prompts) if options.prompts else list(PROMPTS)
-    llm.generate(prompts[:1])  # first-use costs are nobody's throughput
+    verifier, prompts = _imposed(options, engine) if options.shape else _served(options, engine)
     cells = measure(
-        llm,
+        verifier,
         prompts,
         concurrencies=levels,
         max_tokens=options.tokens,
@@ -57,6 +61,33 @@ def main() -> None:
     (options.out / "frontier.json").write_text(json.dumps(result, indent=2))
     draw(cells, options.out)
     print_table(cells)
+
+
+def _served(
+    options: argparse.Namespace, engine: EngineConfig
+) -> tuple[VerifierEngine, list[tuple[int, ...]]]:
+    """Of a model, and chat prompts."""
+    llm = LLM(options.target, options.drafter, device=options.device, engine=engine)
+    if not llm.speculative:
+        sys.exit(f"nothing drafts for {options.target!r}: name a drafter with --drafter")
+    texts = read_prompts(options.prompts) if options.prompts else list(PROMPTS)
+    llm.generate(texts[:1])  # first-use costs are nobody's throughput
+    return llm.verifier, [llm.chat_prompt(text) for text in texts]
+
+
+def _imposed(
+    options: argparse.Namespace, engine: EngineConfig
+) -> tuple[VerifierEngine, list[tuple[int, ...]]]:
+    """Of a shape, and prompts of as many tokens as chats have."""
+    if options.trace is None:
+        sys.exit("--shape needs --trace: record one with benchmarks/imposed.py")
+    verifier = imposed_verifier(options.shape, Trace.read(options.trace), engine, options.device)
+    rng = random.Random(0)
+    first = [rng.randrange(verifier.target.vocab_size) for _ in range(32)]
+    return verifier, [
+        tuple((token + i) % verifier.target.vocab_size for i in range(rng.randrange(64, 256)))
+        for token in first
+    ]
 
 
 def draw(cells: list[ThroughputCell], folder: Path) -> None:

@@ -61,8 +61,8 @@ def main() -> None:
         )
         llm.generate(list(PROMPTS[:1]))  # first-use costs are nobody's
         cells = measure(
-            llm,
-            PROMPTS,
+            llm.verifier,
+            [llm.chat_prompt(prompt) for prompt in PROMPTS],
             concurrencies=levels,
             max_tokens=options.tokens,
             rounds=options.rounds,

@@ -64,8 +64,8 @@ def bench(
         with progress_bar() as bar:
             task = bar.add_task("measuring", total=None)
             cells = measure(
-                llm,
-                texts,
+                llm.verifier,
+                [llm.chat_prompt(text) for text in texts],
                 concurrencies=levels,
                 max_tokens=tokens,
                 rounds=rounds,

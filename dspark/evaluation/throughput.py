@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dspark.engine.llm import LLM
+from dspark.engine.verifier import VerifierEngine
 from dspark.types import Request, SamplingParams, StepPlan, VerificationPolicy, VerificationResult
 
 _FOR_LONG_S = 3600.0
@@ -50,8 +50,8 @@ class ThroughputCell:
 
 
 def measure(
-    llm: LLM,
-    prompts: Sequence[str],
+    verifier: VerifierEngine,
+    prompts: Sequence[tuple[int, ...]],  # token ids
     *,
     concurrencies: Sequence[int],
     max_tokens: int,
@@ -65,14 +65,14 @@ def measure(
     plans = arms(fixed_lengths)
     total, done = len(concurrencies) * rounds * len(plans), 0
     shuffled = random.Random(0)
-    stops, llm.verifier.eos_token_ids = llm.verifier.eos_token_ids, ()
+    stops, verifier.eos_token_ids = verifier.eos_token_ids, ()
     try:
         for concurrency in concurrencies:
-            users = _Users(llm, prompts, concurrency, max_tokens)
+            users = _Users(verifier, prompts, concurrency, max_tokens)
             turns: dict[str, list[_Turn]] = {arm: [] for arm in plans}
             for _ in range(rounds):
                 for arm, plan in shuffled.sample(list(plans.items()), len(plans)):
-                    llm.verifier.set_plan(plan)
+                    verifier.set_plan(plan)
                     turns[arm].append(users.work(turn_s))
                     done += 1
                     on_progress(done, total)
@@ -95,8 +95,8 @@ def measure(
                     )
                 )
     finally:
-        llm.verifier.eos_token_ids = stops
-        llm.verifier.set_plan(StepPlan(valid_for_s=0.0))
+        verifier.eos_token_ids = stops
+        verifier.set_plan(StepPlan(valid_for_s=0.0))
     return cells
 
 
@@ -111,9 +111,15 @@ class _Turn:
 class _Users:
     """So many requests are always under way, none begun at the same time as another."""
 
-    def __init__(self, llm: LLM, prompts: Sequence[str], count: int, max_tokens: int) -> None:
-        self._verifier = llm.verifier
-        self._prompts = itertools.cycle([llm.chat_prompt(prompt) for prompt in prompts])
+    def __init__(
+        self,
+        verifier: VerifierEngine,
+        prompts: Sequence[tuple[int, ...]],
+        count: int,
+        max_tokens: int,
+    ) -> None:
+        self._verifier = verifier
+        self._prompts = itertools.cycle(prompts)
         self._max_tokens = max_tokens
         self._names = map(str, itertools.count())
         self._live: set[str] = set()
