@@ -24,7 +24,7 @@ from dspark.kernels.attention_plan import pages_for
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetModel
 
-_QWEN3: dict[str, Any] = {
+QWEN3: dict[str, Any] = {
     "vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128,
     "max_position_embeddings": 40_960, "bos_token_id": None, "eos_token_id": None,
     "pad_token_id": None,
@@ -84,7 +84,7 @@ def main() -> None:
     rate = copy_rate()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {rate / 1e12:.2f} TB/s")
     for name in options.models.split(","):
-        config = AutoConfig.for_model("qwen3", **_QWEN3, **MODELS[name])
+        config = AutoConfig.for_model("qwen3", **QWEN3, **MODELS[name])
         with torch.device("cuda"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         target = TargetModel(

@@ -21,6 +21,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
+from gpu_step_floor import MODELS, QWEN3
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dspark.config import EngineConfig
@@ -151,24 +152,16 @@ class ImposedBlocks(DSparkBlocks):
         return replace(draft, drawn=imposed)
 
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096},
-    "qwen3-4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-                 "num_attention_heads": 32},
-    "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36,
-                 "num_attention_heads": 32},
+_TINY: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096,
 }  # fmt: skip
-_QWEN3: dict[str, Any] = {
-    "vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128,
-    "max_position_embeddings": 40_960, "bos_token_id": None, "eos_token_id": None,
-    "pad_token_id": None,
-}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {"tiny": _TINY, **MODELS}
 
 
 def imposed_verifier(shape: str, trace: Trace, config: EngineConfig, device: str) -> VerifierEngine:
     """Target and drafter of that shape in this process, ready to serve, with a step-time table."""
-    settings = {**_QWEN3, **SHAPES[shape]}
+    settings = {**QWEN3, **SHAPES[shape]}
     layers = settings["num_hidden_layers"]
     taps = tuple(sorted({1, layers // 4, layers // 2, 3 * layers // 4, layers - 2} - {layers - 1}))
     target = counting_target(settings, taps, device)
