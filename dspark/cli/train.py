@@ -15,6 +15,8 @@ from dspark.cli.console import err, progress_bar, reported_errors
 from dspark.cli.console import out as out_console
 from dspark.errors import ConfigError
 
+SHIPPED = "shipped"  # for --start-from
+
 if TYPE_CHECKING:
     from dspark.training.job import TrainJob
     from dspark.training.memory import Memory
@@ -32,8 +34,14 @@ class Head(StrEnum):
 
 
 def train(
+    context: typer.Context,
     out: Path = typer.Option(..., help="Folder for text, training state and the checkpoint."),
     target: str = typer.Option("smollm2-135m", help="Built-in name, folder or Hugging Face id."),
+    start_from: str = typer.Option(
+        "",
+        help="Folder or id of a drafter whose shape and weights to go on from; 'shipped': the one "
+        "that comes for the target.",
+    ),
     tokens: int = typer.Option(1_000_000, min=1, help="Answer tokens that the target writes."),
     steps: int = typer.Option(2000, min=1, help="Training steps."),
     block_size: int = typer.Option(7, min=1, max=64, help="γ: draft tokens a block."),
@@ -82,6 +90,7 @@ def train(
     """
     with reported_errors():
         from dspark.models.builtin import resolve_target
+        from dspark.models.checkpoint import read_config
         from dspark.models.tokenizer import load_tokenizer
         from dspark.training.job import CHECKPOINT, TrainJob
         from dspark.training.memory import training_memory
@@ -91,21 +100,26 @@ def train(
         from dspark.training.trainer import TrainConfig
         from dspark.training.workers import run_on_workers
 
-        shape = drafter_config(
-            resolve_target(target),
-            load_tokenizer(target),
-            block_size=block_size,
-            layers=layers,
-            intermediate=intermediate,
-            kv_heads=kv_heads,
-            head="vanilla" if head is Head.NONE else head.value,
-            markov_rank=0 if head is Head.NONE else markov_rank,
-            sample_from_anchor=not fill_in,
-            draft_vocab=draft_vocab,
-            context_window=context_window,
-            target_layers=target_layers,
-            mask_token=mask_token,
-        )
+        begin = _drafter_to_start_from(start_from, target) if start_from else None
+        if begin is not None:
+            _refuse_shape(context)
+            shape = replace(read_config(begin), context_window=context_window)
+        else:
+            shape = drafter_config(
+                resolve_target(target),
+                load_tokenizer(target),
+                block_size=block_size,
+                layers=layers,
+                intermediate=intermediate,
+                kv_heads=kv_heads,
+                head="vanilla" if head is Head.NONE else head.value,
+                markov_rank=0 if head is Head.NONE else markov_rank,
+                sample_from_anchor=not fill_in,
+                draft_vocab=draft_vocab,
+                context_window=context_window,
+                target_layers=target_layers,
+                mask_token=mask_token,
+            )
         config = TrainConfig(
             steps=steps,
             updates_per_step=updates,
@@ -131,12 +145,45 @@ def train(
         logs = find_spec("tensorboardX") is not None
         if not logs:
             err.print("no TensorBoard logs: they need `pip install 'dspark-serve\\[train]'`")
-        job = TrainJob(resolve_target(target), shape, config, out, device, logs)
+        job = TrainJob(resolve_target(target), shape, config, out, device, logs, begin)
         if workers > 1:
             run_on_workers(job, workers)
         else:
             _run_here(job)
         err.print(f"the drafter is at {out / CHECKPOINT}", highlight=False)
+
+
+# What a checkpoint says of a drafter. Its context window is no part of its weights.
+_SHAPE_OPTIONS = {
+    "block_size", "layers", "intermediate", "kv_heads", "head", "markov_rank", "fill_in",
+    "draft_vocab", "target_layers", "mask_token",
+}  # fmt: skip
+
+
+def _refuse_shape(context: typer.Context) -> None:
+    sources = {name: context.get_parameter_source(name) for name in sorted(_SHAPE_OPTIONS)}
+    given = [
+        "--" + name.replace("_", "-")
+        for name, source in sources.items()
+        if source is not None and source.name != "DEFAULT"
+    ]
+    if given:
+        raise ConfigError(
+            f"with --start-from the shape is that of its checkpoint: leave {', '.join(given)} out"
+        )
+
+
+def _drafter_to_start_from(name: str, target: str) -> Path:
+    from dspark.config import ModelConfig
+    from dspark.engine.assembly import drafter_folder
+    from dspark.models.causal_drafter import is_causal_lm
+
+    folder = drafter_folder(ModelConfig(target, "" if name == SHIPPED else name))
+    if folder is None or is_causal_lm(folder):
+        raise ConfigError(
+            f"--start-from {name} is no DSpark drafter for {target!r}: name the folder or id of one"
+        )
+    return folder
 
 
 def _run_here(job: TrainJob) -> None:

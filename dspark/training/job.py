@@ -29,6 +29,7 @@ class TrainJob:
     out: Path  # text, state, logs and checkpoint
     device: str
     logs: bool  # for TensorBoard; needs the extra `train`
+    start_from: Path | None = None  # a drafter of this shape whose weights to go on from
 
 
 def run_job(job: TrainJob, on_step: OnStep) -> None:
@@ -40,7 +41,8 @@ def run_job(job: TrainJob, on_step: OnStep) -> None:
     target = TargetModel.load(
         job.target, device=job.device, tap_layer_ids=job.shape.target_layer_ids
     )
-    trainer = Trainer(target, job.shape, read_conversations(job.out / TEXT), job.config, job.out)
+    text = read_conversations(job.out / TEXT)
+    trainer = Trainer(target, job.shape, text, job.config, job.out, job.start_from)
     log = TrainLog(job.out / _LOGS, trainer.step) if job.logs and trainer.peers.first else None
 
     def step(number: int, loss: float, measures: Measures | None) -> None:

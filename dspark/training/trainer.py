@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dspark.errors import ConfigError
-from dspark.models.checkpoint import save_drafter
+from dspark.models.checkpoint import load_drafter, save_drafter
 from dspark.models.drafter import DrafterConfig, DSparkDrafter
 from dspark.models.target import TargetModel
 from dspark.training.averaging import AveragedWeights
@@ -101,7 +101,9 @@ class Trainer:
         conversations: list[Conversation],
         config: TrainConfig,
         folder: Path,
+        start_from: Path | None = None,
     ) -> None:
+        """`start_from`: the checkpoint of a drafter of this shape, to go on from its weights."""
         usable = [
             c for c in conversations if len(c.prompt) + 8 < config.max_tokens and len(c.answer) > 8
         ]
@@ -120,7 +122,11 @@ class Trainer:
         self.target, self.config, self.folder = target, config, folder
         self._held_out, self._text = usable[:_HELD_OUT], usable[_HELD_OUT:]
         torch.manual_seed(config.seed)
-        ids = common_tokens(self._text, drafter_config.draft_vocab_size, target.vocab_size)
+        begun = None if start_from is None else load_drafter(start_from, target)
+        if begun is None:
+            ids = common_tokens(self._text, drafter_config.draft_vocab_size, target.vocab_size)
+        else:
+            ids = begun.draft_token_ids
         self.drafter = DSparkDrafter(
             drafter_config, target.embed_weight, target.lm_head_weight, ids.to(target.device)
         ).to(target.device)
@@ -130,7 +136,10 @@ class Trainer:
             target.device.type, dtype=torch.bfloat16, enabled=_bf16_pays(target.device)
         )
         if not self._resume():
-            start(self.drafter, target, self._text, config.max_tokens)
+            if begun is None:
+                start(self.drafter, target, self._text, config.max_tokens)
+            else:
+                self.drafter.load_state_dict(begun.state_dict())
             self.peers.agree(p.data for p in self.drafter.parameters())
             self._averaged = AveragedWeights(self.drafter, config.average_decay)
 

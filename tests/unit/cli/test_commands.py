@@ -72,6 +72,21 @@ def test_an_exported_drafter_is_the_same_to_the_bit(dtype: torch.dtype, tmp_path
     assert "not an empty folder" in refused.stderr
 
 
+def test_training_goes_on_from_a_drafter_in_its_own_shape(tmp_path: Path) -> None:
+    target, drafter = save_models(tmp_path)
+    command = ["train", "--target", str(target), "--out", str(tmp_path / "out"), "--dry-run"]
+    begun = runner.invoke(app, [*command, "--start-from", str(drafter)])
+    assert begun.exit_code == 0, begun.stderr
+    for options, said in (
+        (["--start-from", str(drafter), "--layers", "2"], "leave --layers out"),
+        (["--start-from", str(target)], "is no DSpark drafter"),
+        (["--start-from", "shipped"], "is no DSpark drafter"),  # none comes for this target
+    ):
+        refused = runner.invoke(app, [*command, *options])
+        assert refused.exit_code == 1, options
+        assert said in refused.stderr.replace("\n", " ")
+
+
 def test_plans_are_explained_without_a_cluster(tmp_path: Path) -> None:
     target, drafter = save_models(tmp_path)
     prompts = tmp_path / "prompts.jsonl"

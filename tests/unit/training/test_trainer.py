@@ -51,6 +51,29 @@ def nothing(step: int, loss: float, measures: Measures | None) -> None:
     pass
 
 
+def test_a_run_goes_on_from_a_drafter_that_is_there(tmp_path: Path) -> None:
+    """Its vocabulary and weights, whatever the text would have chosen."""
+    first = trainer(tmp_path / "first")
+    first.run(nothing)
+    first.save_checkpoint(tmp_path / "drafter")
+    second = Trainer(
+        first.target,
+        first.drafter.config,
+        counting(60)[::-1],
+        CONFIG,
+        tmp_path / "second",
+        start_from=tmp_path / "drafter",
+    )
+    assert torch.equal(second.drafter.draft_token_ids, first.drafter.draft_token_ids)
+    measured = second.evaluate()
+    assert measured.greedy_length == pytest.approx(first.evaluate().greedy_length, abs=0.3)
+    assert measured.greedy_length > 1.0 + 2 * (
+        trainer(tmp_path / "new").evaluate().greedy_length - 1.0
+    )
+    second.run(nothing)
+    assert second.evaluate().greedy_length >= measured.greedy_length - 0.3
+
+
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole")
     whole.run(nothing)
