@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from dspark.config import EngineConfig, ModelConfig, ServeConfig, build, read_settings
+from dspark.config import (
+    EngineConfig,
+    ModelConfig,
+    NetworkConfig,
+    ServeConfig,
+    ServiceTls,
+    build,
+    read_settings,
+)
 from dspark.errors import ConfigError
 
 
@@ -47,6 +55,20 @@ def test_settings_nest(tmp_path: Path) -> None:
         ({"scheduler": {"lease_s": float("nan")}}, "lease_s"),
         ({"scheduler": {"kubernetes_lease": ""}}, "kubernetes_lease"),
         ({"scheduler": {"kubernetes_namespace": "a/b"}}, "kubernetes_namespace"),
+        ({"network": {"tls": {"cert_file": "c"}}}, "got only cert_file"),
+        ({"network": {"tls": {"key_file": "k", "ca_file": "a"}}}, "key_file and ca_file"),
+        ({"network": {"tls": {"ca_file": 7}}}, "ca_file must be a text; got 7"),
+        ({"network": {"tls": {"cert": "c"}}}, "ServiceTls has no setting 'cert'"),
+        ({"network": {"replica_ports": "20000"}}, "such as 20000-20099"),
+        ({"network": {"replica_ports": 20000}}, "such as 20000-20099"),
+        ({"network": {"replica_ports": "20000-20099 "}}, "such as 20000-20099"),
+        ({"network": {"replica_ports": "20099-20000"}}, "must rise"),
+        ({"network": {"replica_ports": "80-90"}}, "within 1024"),
+        ({"network": {"replica_ports": "65000-65536"}}, "to 65535"),
+        ({"gateway": {"tls": {"cert_file": "c"}}}, "got no key_file"),
+        ({"gateway": {"tls": {"key_file": "k"}}}, "got no cert_file"),
+        ({"gateway": {"tls": {"client_ca_file": "a"}}}, "takes TLS"),
+        ({"gateway": {"api_keys_folder": None}}, "api_keys_folder must be a text"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(values: dict[str, object], match: str) -> None:
@@ -69,6 +91,25 @@ def test_files_that_hold_no_settings_are_refused(tmp_path: Path, text: str) -> N
         read_settings(path)
     with pytest.raises(ConfigError, match="cannot read"):
         read_settings(tmp_path / "missing.yaml")
+
+
+def test_ports_are_a_range_with_both_ends() -> None:
+    assert list(NetworkConfig(replica_ports="20000-20002").ports()) == [20000, 20001, 20002]
+    assert list(NetworkConfig(replica_ports="20000-20000").ports()) == [20000]
+    assert list(NetworkConfig().ports()) == [0]  # whatever the system gives
+
+
+def test_tls_is_on_once_its_files_are_named() -> None:
+    files = {"cert_file": "c", "key_file": "k"}
+    config = build(
+        ServeConfig,
+        {"network": {"tls": {**files, "ca_file": "a"}}, "gateway": {"tls": files}},
+    )
+    assert config.network.tls == ServiceTls("c", "k", "a")
+    assert config.network.tls.enabled
+    assert config.gateway.tls.enabled
+    assert not ServeConfig().network.tls.enabled
+    assert not ServeConfig().gateway.tls.enabled
 
 
 def test_standbys_need_where_to_be_elected() -> None:
