@@ -20,7 +20,7 @@ from dspark.engine.draft_link import DraftReplies, on_host
 from dspark.errors import ProtocolError
 from dspark.pb import draft_pb2 as pb
 from dspark.pb import draft_pb2_grpc
-from dspark.rpc.options import channel_options
+from dspark.rpc.transport import PLAINTEXT, Transport
 from dspark.types import DraftWork, Fence
 from dspark.wire.drafts import proposal_from_pb, resync_from_pb, work_to_pb
 
@@ -58,13 +58,14 @@ class RemoteDraftLink:
         vocab_size: int,
         *,
         state: threading.Condition | None = None,  # None: its own; reentrant where links share one
+        transport: Transport = PLAINTEXT,
     ) -> None:
         self._hello = pb.Hello(
             protocol_version=PROTOCOL_VERSION,
             verifier=verifier,
             drafter_fingerprint=drafter_fingerprint,
         )
-        self._vocab_size = vocab_size
+        self._vocab_size, self._transport = vocab_size, transport
         self._loop = asyncio.get_running_loop()
         self._address: str | None = None
         self._changed = asyncio.Event()
@@ -241,7 +242,7 @@ class RemoteDraftLink:
 
     async def _session(self, address: str) -> None:
         """One stream, from hello to its end."""
-        async with grpc.aio.insecure_channel(address, options=channel_options()) as channel:
+        async with self._transport.channel(address) as channel:
             call = draft_pb2_grpc.DraftStub(channel).Connect()
             try:
                 await call.write(pb.ConnectRequest(hello=self._hello))

@@ -6,17 +6,19 @@ import grpc
 
 from dspark.errors import InvalidRequestError, UnavailableError
 from dspark.pb import scheduler_pb2, scheduler_pb2_grpc, verifier_pb2, verifier_pb2_grpc
-from dspark.rpc.options import channel_options
 from dspark.rpc.status import from_rpc_error
+from dspark.rpc.transport import PLAINTEXT, Transport
 from dspark.scheduling.explanation import StepExplanation
 from dspark.wire.explanation import steps_from_pb
 
 _PATIENCE_S = 5.0
 
 
-def describe(scheduler: str) -> scheduler_pb2.DescribeClusterResponse:
+def describe(
+    scheduler: str, transport: Transport = PLAINTEXT
+) -> scheduler_pb2.DescribeClusterResponse:
     """The cluster as the scheduler at host:port sees it; UnavailableError if none answers."""
-    with grpc.insecure_channel(scheduler, options=channel_options()) as channel:
+    with transport.blocking_channel(scheduler) as channel:
         try:
             answer: scheduler_pb2.DescribeClusterResponse = scheduler_pb2_grpc.SchedulerStub(
                 channel
@@ -54,12 +56,14 @@ def verifiers_of(
     return named
 
 
-def explain_steps(verifier: str, count: int) -> list[StepExplanation]:
+def explain_steps(
+    verifier: str, count: int, transport: Transport = PLAINTEXT
+) -> list[StepExplanation]:
     """The last steps, up to `count`, of the verifier at host:port, the latest last.
 
     Raises UnavailableError, InvalidRequestError, and ProtocolError for an answer out of bounds.
     """
-    with grpc.insecure_channel(verifier, options=channel_options()) as channel:
+    with transport.blocking_channel(verifier) as channel:
         try:
             answer = verifier_pb2_grpc.VerifierStub(channel).ExplainSteps(
                 verifier_pb2.ExplainStepsRequest(count=count), timeout=_PATIENCE_S

@@ -16,8 +16,8 @@ import grpc
 from dspark.errors import NotLeaderError, UnavailableError
 from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
-from dspark.rpc.options import channel_options
 from dspark.rpc.status import from_rpc_error
+from dspark.rpc.transport import PLAINTEXT, Transport
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,12 @@ class LeaseKeeper:
         load: Callable[[], pb.Load],
         on_beat: Callable[[pb.HeartbeatResponse], None],
         interval_s: float,
+        *,
+        transport: Transport = PLAINTEXT,
     ) -> None:
         self._replica, self._locate, self._load = replica, locate, load
         self._on_beat, self._interval_s = on_beat, interval_s
+        self._transport = transport
         self._draining = False
         self._task: asyncio.Task[None] | None = None
         self._channel: grpc.aio.Channel | None = None
@@ -96,7 +99,7 @@ class LeaseKeeper:
             async with asyncio.timeout(2 * self._interval_s):
                 leader = await self._locate()
         for _ in range(_MAX_DIALS):
-            channel = grpc.aio.insecure_channel(leader, options=channel_options())
+            channel = self._transport.channel(leader)
             try:
                 leader = await self._beat(channel)
             except BaseException:

@@ -31,7 +31,7 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str
 
 
 def channel_options() -> list[tuple[str, int]]:
-    """For grpc.aio.insecure_channel."""
+    """For every channel, to a service or to a gateway."""
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

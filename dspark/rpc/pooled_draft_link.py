@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from dspark.engine.draft_link import DraftReplies, on_host
 from dspark.rpc.draft_link import FIRST_DEADLINE_S, RemoteDraftLink
+from dspark.rpc.transport import PLAINTEXT, Transport
 from dspark.types import DraftWork
 
 log = logging.getLogger(__name__)
@@ -24,8 +25,16 @@ _MAX_PEERS = 64  # streams that are kept
 class PooledDraftLink:
     """A DraftLink over several others. Make it on the event loop that will run the streams."""
 
-    def __init__(self, verifier: str, drafter_fingerprint: str, vocab_size: int) -> None:
+    def __init__(
+        self,
+        verifier: str,
+        drafter_fingerprint: str,
+        vocab_size: int,
+        *,
+        transport: Transport = PLAINTEXT,
+    ) -> None:
         self._hello = verifier, drafter_fingerprint, vocab_size
+        self._transport = transport
         # Of all links, so that a wait for any of them is one wait.
         self._state = threading.Condition()
         self._links: list[RemoteDraftLink] = []  # those without a peer wait for another
@@ -147,7 +156,7 @@ class PooledDraftLink:
             await link.stop()
 
     def _new_link(self) -> RemoteDraftLink:
-        link = RemoteDraftLink(*self._hello, state=self._state)
+        link = RemoteDraftLink(*self._hello, state=self._state, transport=self._transport)
         link.start()
         self._links.append(link)
         return link

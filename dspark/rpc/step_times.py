@@ -12,7 +12,7 @@ import grpc
 from dspark.errors import ProtocolError, StepTableError
 from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
-from dspark.rpc.options import channel_options
+from dspark.rpc.transport import PLAINTEXT, Transport
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.wire.step_times import step_times_from_pb, step_times_to_pb
 
@@ -29,8 +29,10 @@ class SharedStepTimes:
     Make it on an event loop that goes on meanwhile, and use it on another thread.
     """
 
-    def __init__(self, locate: Callable[[], Awaitable[str]]) -> None:
-        self._locate = locate
+    def __init__(
+        self, locate: Callable[[], Awaitable[str]], *, transport: Transport = PLAINTEXT
+    ) -> None:
+        self._locate, self._transport = locate, transport
         self._loop = asyncio.get_running_loop()
         self._answers = True
 
@@ -62,9 +64,7 @@ class SharedStepTimes:
         try:
             async with (
                 asyncio.timeout(_PATIENCE_S),
-                grpc.aio.insecure_channel(
-                    await self._locate(), options=channel_options()
-                ) as channel,
+                self._transport.channel(await self._locate()) as channel,
             ):
                 return await call(scheduler_pb2_grpc.SchedulerStub(channel))
         except Exception as error:  # the locator is Ray's and may raise anything

@@ -21,7 +21,8 @@ from dspark.errors import UnavailableError
 from dspark.models.checkpoint import fingerprint
 from dspark.pb import draft_pb2, draft_pb2_grpc, scheduler_pb2
 from dspark.rpc.lease import LeaseKeeper
-from dspark.rpc.server import ReplicaServer, check_serving
+from dspark.rpc.server import ReplicaServer
+from dspark.rpc.transport import open_transport
 from dspark.scheduling.autoscaling.options import draft_options
 from dspark.scheduling.autoscaling.signals import DraftSignals, Share, to_stats
 from dspark.services.draft.servicer import DraftServicer
@@ -58,7 +59,8 @@ class DraftReplica:
         self._busy_beat = Share(0.0, time.monotonic())  # for the scheduler
         self._worker.start()
         host = ray.util.get_node_ip_address()
-        self._server = ReplicaServer()
+        transport = open_transport(config.network)
+        self._server = ReplicaServer(certificates=transport.certificates)
         self._servicer = DraftServicer(
             self._worker,
             engine,
@@ -68,7 +70,7 @@ class DraftReplica:
         )
         draft_pb2_grpc.add_DraftServicer_to_server(self._servicer, self._server.server)
         descriptor = draft_pb2.DESCRIPTOR.services_by_name["Draft"]
-        port = await self._server.start(host, 0, [descriptor])
+        port = await self._server.start(host, config.network.ports(), [descriptor])
         self._address = f"{host}:{port}"
         self._lease = LeaseKeeper(
             replica=scheduler_pb2.Replica(
@@ -82,6 +84,7 @@ class DraftReplica:
             load=self._load,
             on_beat=lambda _: None,
             interval_s=config.scheduler.heartbeat_s,
+            transport=transport,
         )
         self._lease.start()
         log.info("draft %s serves %s at %s", self._incarnation, model.target, self._address)
@@ -98,7 +101,7 @@ class DraftReplica:
         """Raises when the engine failed or the server does not answer: Serve then replaces us."""
         if self._worker.failure is not None:
             raise UnavailableError(f"the draft engine failed: {self._worker.failure}")
-        await check_serving(self._address)
+        await self._server.check()
 
     async def __del__(self) -> None:
         """Leave the pool, close streams, stop."""

@@ -25,6 +25,7 @@ from dspark.errors import (
 )
 from dspark.pb import scheduler_pb2, verifier_pb2, verifier_pb2_grpc
 from dspark.rpc.status import from_rpc_error
+from dspark.rpc.transport import PLAINTEXT, Transport
 from dspark.services.gateway.channels import ChannelCache
 from dspark.services.gateway.cluster import ClusterView
 from dspark.services.gateway.placement import Placement
@@ -70,10 +71,12 @@ class Router:
         placement: Placement,
         resume_timeout_s: float,
         first_wait_s: float = FIRST_WAIT_S,
+        *,
+        transport: Transport = PLAINTEXT,
     ) -> None:
         self._cluster, self._placement = cluster, placement
         self._resume_timeout_s, self._first_wait_s = resume_timeout_s, first_wait_s
-        self._channels = ChannelCache(lambda: {v.address for v in cluster.verifiers})
+        self._channels = ChannelCache(lambda: {v.address for v in cluster.verifiers}, transport)
 
     async def close(self) -> None:
         """Close the channels; streams under way end."""

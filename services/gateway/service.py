@@ -11,7 +11,8 @@ from dspark.config import ServeConfig
 from dspark.pb import scheduler_pb2
 from dspark.rpc.lease import LeaseKeeper, Locate
 from dspark.rpc.options import MAX_PUBLIC_MESSAGE_BYTES
-from dspark.rpc.server import ReplicaServer, check_serving
+from dspark.rpc.server import ReplicaServer
+from dspark.rpc.transport import open_transport
 from dspark.services.gateway.cluster import ClusterView
 from dspark.services.gateway.detokenize import decoder_factory
 from dspark.services.gateway.generation import Generator
@@ -34,6 +35,7 @@ class GatewayService:
     ) -> None:
         self._config, self._locate = config, locate_scheduler
         self._keeper: LeaseKeeper | None = None
+        self._transport = open_transport(config.network)
         model, gateway = config.model.target, config.gateway
         self.cluster = ClusterView(model)
         placement = Placement(
@@ -41,7 +43,13 @@ class GatewayService:
             lambda: None if self._keeper is None else self._keeper.channel,
             config.engine.prefix_cache,
         )
-        self._router = Router(self.cluster, placement, gateway.resume_timeout_s, first_wait_s)
+        self._router = Router(
+            self.cluster,
+            placement,
+            gateway.resume_timeout_s,
+            first_wait_s,
+            transport=self._transport,
+        )
         self.generator = Generator(
             model,
             PromptEncoder(tokenizer),
@@ -70,6 +78,7 @@ class GatewayService:
             lambda: scheduler_pb2.Load(running=self.generator.in_flight),
             self.cluster.heard,
             self._config.scheduler.heartbeat_s,
+            transport=self._transport,
         )
         self._keeper.start()
         return port
@@ -89,7 +98,7 @@ class GatewayService:
 
     async def check(self) -> None:
         """Dial the own gRPC server; raises if it does not answer."""
-        await check_serving(f"{self._config.gateway.grpc_host}:{self._server.port}")
+        await self._server.check()
 
     async def stop(self, grace_s: float) -> None:
         """Leave: take nothing new, let streams finish for `grace_s`, then close everything."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from dspark.config import SchedulerConfig, ServeConfig
 from dspark.pb import scheduler_pb2, scheduler_pb2_grpc
-from dspark.rpc.server import ReplicaServer, check_serving
+from dspark.rpc.certificates import service_certificates
+from dspark.rpc.server import ReplicaServer
 from dspark.scheduling.cluster import Cluster
 from dspark.services.scheduler.kubernetes_access import open_watch
 from dspark.services.scheduler.kubernetes_election import KubernetesElection
@@ -43,7 +44,7 @@ class SchedulerService:
             clock=clock,
         )
         self._watch: KubernetesWatch | None = None
-        self._server = ReplicaServer()
+        self._server = ReplicaServer(certificates=service_certificates(config.network.tls))
         self.address = ""
 
     @property
@@ -51,8 +52,12 @@ class SchedulerService:
         """host:port of the scheduler that leads, as far as known; else this one, which says so."""
         return self._leadership.leader or self.address
 
-    async def start(self, host: str, port: int = 0) -> str:
-        """Listen and stand for election; returns host:port. An elected one has its store read."""
+    async def start(self, host: str, port: int | None = None) -> str:
+        """Listen and stand for election; returns host:port. An elected one has its store read.
+
+        `port` None: as configured.
+        """
+        ports = self._config.network.ports() if port is None else port
         settings = self._config.scheduler
         # Off the loop: a kubeconfig may run a program for credentials.
         self._watch = await asyncio.to_thread(open_watch, settings.kubernetes)
@@ -62,14 +67,14 @@ class SchedulerService:
         )
         scheduler_pb2_grpc.add_SchedulerServicer_to_server(servicer, self._server.server)
         descriptor = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"]
-        self.address = f"{host}:{await self._server.start(host, port, [descriptor])}"
+        self.address = f"{host}:{await self._server.start(host, ports, [descriptor])}"
         await self._leadership.start(self.address, servicer.take_over)
         log.info("scheduler at %s; the leader is %s", self.address, self.leader)
         return self.address
 
     async def check(self) -> None:
         """Dial the own gRPC server; raises if it does not answer."""
-        await check_serving(self.address)
+        await self._server.check()
 
     async def stop(self, grace_s: float) -> None:
         """Let another lead, then stop; everyone goes on with what they last heard."""

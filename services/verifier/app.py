@@ -21,8 +21,9 @@ from dspark.errors import UnavailableError
 from dspark.pb import scheduler_pb2, verifier_pb2, verifier_pb2_grpc
 from dspark.rpc.lease import LeaseKeeper
 from dspark.rpc.pooled_draft_link import PooledDraftLink
-from dspark.rpc.server import ReplicaServer, check_serving
+from dspark.rpc.server import ReplicaServer
 from dspark.rpc.step_times import SharedStepTimes
+from dspark.rpc.transport import open_transport
 from dspark.scheduling.autoscaling.options import verifier_options
 from dspark.scheduling.autoscaling.signals import to_stats
 from dspark.services.verifier.coordination import Coordinator, load_to_pb
@@ -50,22 +51,26 @@ class VerifierReplica:
         self._incarnation = f"verifier-{uuid4().hex[:12]}"
         # Ray sets OMP_NUM_THREADS by the CPUs it reserves, and we reserve none.
         model = replace(config.model, threads=config.model.threads or os.cpu_count() or 1)
+        transport = open_transport(config.network)  # before what takes long, since it may refuse
         loaded = await compute_apart(load_target, model)
         self._servicer = VerifierServicer(model.target, asyncio.get_running_loop())
         self._link: PooledDraftLink | None = None
         if loaded.has_drafter:
             self._link = PooledDraftLink(
-                self._incarnation, loaded.drafter_fingerprint, loaded.target.vocab_size
+                self._incarnation,
+                loaded.drafter_fingerprint,
+                loaded.target.vocab_size,
+                transport=transport,
             )
-        shared = SharedStepTimes(lambda: scheduler.grpc_address.remote())
+        shared = SharedStepTimes(lambda: scheduler.grpc_address.remote(), transport=transport)
         engine = await compute_apart(
             make_verifier, loaded, config.engine, self._link, shared=shared
         )
         host = ray.util.get_node_ip_address()
-        self._server = ReplicaServer()
+        self._server = ReplicaServer(certificates=transport.certificates)
         verifier_pb2_grpc.add_VerifierServicer_to_server(self._servicer, self._server.server)
         descriptor = verifier_pb2.DESCRIPTOR.services_by_name["Verifier"]
-        port = await self._server.start(host, 0, [descriptor])
+        port = await self._server.start(host, config.network.ports(), [descriptor])
         self._address = f"{host}:{port}"
         self._lease = LeaseKeeper(
             replica=scheduler_pb2.Replica(
@@ -81,6 +86,7 @@ class VerifierReplica:
             load=lambda: load_to_pb(self._runner, config.engine),
             on_beat=self._heard,
             interval_s=config.scheduler.heartbeat_s,
+            transport=transport,
         )
         self._coordinator = Coordinator(
             self._incarnation,
@@ -113,7 +119,7 @@ class VerifierReplica:
         """Raises when the engine failed or the server does not answer: Serve then replaces us."""
         if self._runner.failure is not None:
             raise UnavailableError(f"the engine failed: {self._runner.failure}")
-        await check_serving(self._address)
+        await self._server.check()
 
     async def __del__(self) -> None:
         """Drain: nothing new, send away who waits, let streams finish for a while, then stop.

@@ -13,6 +13,7 @@ from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.pb import draft_pb2 as pb
 from dspark.pb import draft_pb2_grpc
 from dspark.rpc.server import ReplicaServer
+from dspark.rpc.transport import PLAINTEXT, Transport
 from dspark.services.draft.servicer import DraftServicer
 from dspark.services.draft.worker import DraftWorker
 
@@ -39,8 +40,10 @@ def worker(
 
 
 @asynccontextmanager
-async def serving(servicer: Any, port: int = 0) -> AsyncIterator[str]:
-    server = ReplicaServer()
+async def serving(
+    servicer: Any, port: int = 0, transport: Transport = PLAINTEXT
+) -> AsyncIterator[str]:
+    server = ReplicaServer(certificates=transport.certificates)
     draft_pb2_grpc.add_DraftServicer_to_server(servicer, server.server)
     port = await server.start("127.0.0.1", port, [pb.DESCRIPTOR.services_by_name["Draft"]])
     yield f"127.0.0.1:{port}"
@@ -51,13 +54,15 @@ async def serving(servicer: Any, port: int = 0) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def draft_service(
-    port: int = 0, drafter: Callable[[], Drafter] = dspark
+    port: int = 0,
+    drafter: Callable[[], Drafter] = dspark,
+    transport: Transport = PLAINTEXT,
 ) -> AsyncIterator[str]:
     with worker(drafter) as (made, engine):
         servicer = DraftServicer(
             made, engine, incarnation="d", drafter_fingerprint=WEIGHTS, max_streams=4
         )
-        async with serving(servicer, port) as address:
+        async with serving(servicer, port, transport) as address:
             yield address
 
 

@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from uuid import uuid4
 
-from dspark.config import ServeConfig
+from dspark.config import NetworkConfig, ServeConfig
 from dspark.engine.runner import EngineRunner
 from dspark.engine.verifier import VerifierEngine
 from dspark.pb import scheduler_pb2 as sp
 from dspark.pb import verifier_pb2, verifier_pb2_grpc
 from dspark.rpc.lease import LeaseKeeper
 from dspark.rpc.server import ReplicaServer
+from dspark.rpc.transport import PLAINTEXT, Transport, open_transport
 from dspark.services.gateway.cluster import ClusterView
 from dspark.services.gateway.placement import Placement
 from dspark.services.gateway.router import Router
@@ -30,11 +31,11 @@ PATIENCE_S = 30.0  # until a test gives up; never the time that it takes
 class LiveVerifier:
     """What a verifier replica runs, without its process."""
 
-    def __init__(self, engine: VerifierEngine) -> None:
-        self._bounds = engine.config
+    def __init__(self, engine: VerifierEngine, transport: Transport = PLAINTEXT) -> None:
+        self._bounds, self._transport = engine.config, transport
         self.incarnation = f"verifier-{uuid4().hex[:8]}"
         self._loop, self._stepped = asyncio.get_running_loop(), asyncio.Event()
-        self._server = ReplicaServer()
+        self._server = ReplicaServer(certificates=transport.certificates)
         self.servicer = VerifierServicer(MODEL, self._loop)
         self.runner = EngineRunner(
             engine,
@@ -67,6 +68,7 @@ class LiveVerifier:
             lambda: load_to_pb(self.runner, self._bounds),
             lambda answer: None,
             BEAT_S,
+            transport=self._transport,
         )
         self._lease.start()
         return self
@@ -95,14 +97,19 @@ class LiveCluster:
     """A scheduler's address, and a router to whatever verifiers there are."""
 
     def __init__(
-        self, scheduler: str, view: ClusterView, router: Router, beaten: asyncio.Event
+        self,
+        scheduler: str,
+        view: ClusterView,
+        router: Router,
+        beaten: asyncio.Event,
+        transport: Transport,
     ) -> None:
-        self._scheduler, self._view, self._router = scheduler, view, router
-        self._beaten = beaten
+        self.scheduler, self._view, self._router = scheduler, view, router
+        self._beaten, self._transport = beaten, transport
 
     async def join(self, engine: VerifierEngine) -> LiveVerifier:
         """A verifier more; returns once it is known."""
-        verifier = await LiveVerifier(engine).start(self._scheduler)
+        verifier = await LiveVerifier(engine, self._transport).start(self.scheduler)
         while verifier.incarnation not in {v.incarnation for v in self._view.verifiers}:
             self._beaten.clear()
             await asyncio.wait_for(self._beaten.wait(), PATIENCE_S)
@@ -115,10 +122,12 @@ class LiveCluster:
 
 
 @asynccontextmanager
-async def live_cluster() -> AsyncIterator[LiveCluster]:
+async def live_cluster(network: NetworkConfig | None = None) -> AsyncIterator[LiveCluster]:
     """Without verifiers at first."""
     async with AsyncExitStack() as stack:
-        scheduler = SchedulerService(ServeConfig())
+        network = network or NetworkConfig()
+        transport = open_transport(network)
+        scheduler = SchedulerService(ServeConfig(network=network))
         address = await scheduler.start("127.0.0.1")
         stack.push_async_callback(scheduler.stop, 0)
         view, beaten = ClusterView(MODEL), asyncio.Event()
@@ -136,9 +145,15 @@ async def live_cluster() -> AsyncIterator[LiveCluster]:
             sp.Load,
             heard,
             BEAT_S,
+            transport=transport,
         )
         keeper.start()
         stack.push_async_callback(keeper.stop)
-        router = Router(view, Placement(view, lambda: keeper.channel), resume_timeout_s=60.0)
+        router = Router(
+            view,
+            Placement(view, lambda: keeper.channel),
+            resume_timeout_s=60.0,
+            transport=transport,
+        )
         stack.push_async_callback(router.close)
-        yield LiveCluster(address, view, router, beaten)
+        yield LiveCluster(address, view, router, beaten, transport)
