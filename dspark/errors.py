@@ -3,6 +3,7 @@
     DSparkError
     ├── InvalidRequestError      the request itself is wrong          400  INVALID_ARGUMENT
     ├── ModelNotFoundError       no such model is served              404  NOT_FOUND
+    ├── UnauthenticatedError     no API key, or none that is known    401  UNAUTHENTICATED
     ├── OverloadedError          a bounded queue is full; retry later 429  RESOURCE_EXHAUSTED
     │   └── QueueTimeoutError    waited in one for as long as it may
     ├── UnavailableError         a part that is needed is not up      503  UNAVAILABLE
@@ -41,6 +42,12 @@ class ModelNotFoundError(DSparkError):
     """No such model is served here."""
 
     code = "model_not_found"
+
+
+class UnauthenticatedError(DSparkError):
+    """No API key was sent, or none that is known."""
+
+    code = "invalid_api_key"
 
 
 class OverloadedError(DSparkError):

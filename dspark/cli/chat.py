@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 from rich.text import Text
 
+from dspark.cli.connection import TLS_CA, TLS_CERT, TLS_KEY, TLS_NAME, connect
 from dspark.cli.console import err, out, reported_errors
 
 _DRAFTED = "bold green"
@@ -21,13 +22,20 @@ def chat(
         False, "--show-drafts", help="Accepted draft tokens stand out in green."
     ),
     no_speculation: bool = typer.Option(False, help="Ask for plain decoding."),
+    tls_ca: str = TLS_CA,
+    tls_cert: str = TLS_CERT,
+    tls_key: str = TLS_KEY,
+    tls_name: str = TLS_NAME,
 ) -> None:
-    """Chat in the terminal; answers stream as they are committed. An empty line ends it."""
+    """Chat in the terminal; answers stream as they are committed. An empty line ends it.
+
+    An API key is taken from $DSPARK_API_KEY.
+    """
     with reported_errors():
         from dspark.errors import UnavailableError
-        from dspark.rpc.client import InferenceClient, chat_request
+        from dspark.rpc.client import chat_request
 
-        with InferenceClient(address) as client:
+        with connect(address, tls_ca, tls_cert, tls_key, tls_name) as client:
             models = client.models()
             if not models:
                 raise UnavailableError(f"{address} serves no model yet; try again shortly")

@@ -6,11 +6,15 @@ import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dspark.cli.connection import TLS_CA, TLS_CERT, TLS_KEY, TLS_NAME, connect
 from dspark.cli.console import err, progress_bar, reported_errors
+
+if TYPE_CHECKING:
+    from dspark.rpc.client import InferenceClient
 
 
 def generate(
@@ -32,8 +36,15 @@ def generate(
     mode: str = typer.Option("rejection", help="rejection or coupled."),
     no_speculation: bool = typer.Option(False, help="Plain decoding."),
     concurrency: int = typer.Option(8, min=1, help="Prompts at a time."),
+    tls_ca: str = TLS_CA,
+    tls_cert: str = TLS_CERT,
+    tls_key: str = TLS_KEY,
+    tls_name: str = TLS_NAME,
 ) -> None:
-    """Answer every prompt of a file, as a service's client or with models loaded here."""
+    """Answer every prompt of a file, as a service's client or with models loaded here.
+
+    An API key is taken from $DSPARK_API_KEY.
+    """
     with reported_errors():
         from dspark.errors import ConfigError
         from dspark.evaluation.prompts import read_prompts
@@ -57,7 +68,8 @@ def generate(
         if in_process:
             answers = _in_process(texts, sampling, target, drafter, dtype, concurrency)
         else:
-            answers = _through_service(texts, sampling, target, address, concurrency)
+            client = connect(address, tls_ca, tls_cert, tls_key, tls_name)
+            answers = _through_service(texts, sampling, target, client, concurrency)
         with progress_bar() as bar, out.open("w", encoding="utf-8") as lines:
             for answer in bar.track(answers, total=len(texts), description="prompts"):
                 lines.write(json.dumps(answer, ensure_ascii=False) + "\n")
@@ -87,13 +99,13 @@ def _in_process(
 
 
 def _through_service(
-    texts: list[str], sampling: list[Any], target: str, address: str, concurrency: int
+    texts: list[str], sampling: list[Any], target: str, client: InferenceClient, concurrency: int
 ) -> Iterable[dict[str, Any]]:
     from dspark.pb import common_pb2
-    from dspark.rpc.client import InferenceClient, chat_request
+    from dspark.rpc.client import chat_request
     from dspark.wire.requests import sampling_to_pb
 
-    with InferenceClient(address) as client:
+    with client:
 
         def ask(text: str, wanted: Any) -> dict[str, Any]:
             request = chat_request(

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dspark.cli.connection import TLS_CA, TLS_CERT, TLS_KEY, service_transport
 from dspark.cli.console import err, out, reported_errors
 
 if TYPE_CHECKING:
+    from dspark.rpc.transport import Transport
     from dspark.scheduling.explanation import StepExplanation
 
 app = typer.Typer(help="See what verifiers plan from step to step, and what comes of it.")
@@ -46,6 +48,9 @@ def explain(
     max_tokens: int = typer.Option(64, min=1, help="Tokens an answer; with --prompts."),
     steps: int = typer.Option(1, min=1, max=64, help="Steps of each verifier, the latest last."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    tls_ca: str = TLS_CA,
+    tls_cert: str = TLS_CERT,
+    tls_key: str = TLS_KEY,
 ) -> None:
     """Show each request's survivals, what was verified and accepted, and Θ predicted and measured.
 
@@ -59,7 +64,9 @@ def explain(
             raise ConfigError("give either --scheduler HOST:PORT or --prompts FILE")
         failed = False
         if prompts is None:
-            explained, failed = _of_cluster(scheduler, verifier, steps)
+            explained, failed = _of_cluster(
+                scheduler, verifier, steps, service_transport(tls_ca, tls_cert, tls_key)
+            )
         else:
             explained = [_in_process(prompts, target, drafter, temperature, max_tokens, steps)]
         if as_json:
@@ -75,7 +82,9 @@ def explain(
             raise typer.Exit(1)
 
 
-def _of_cluster(scheduler: str, name: str, count: int) -> tuple[list[_Explained], bool]:
+def _of_cluster(
+    scheduler: str, name: str, count: int, transport: Transport
+) -> tuple[list[_Explained], bool]:
     """Each verifier that answers, and whether one did not."""
     from google.protobuf.json_format import MessageToDict
 
@@ -83,7 +92,7 @@ def _of_cluster(scheduler: str, name: str, count: int) -> tuple[list[_Explained]
     from dspark.errors import DSparkError
     from dspark.rpc.explaining import describe, explain_steps, verifiers_of
 
-    cluster = describe(scheduler)
+    cluster = describe(scheduler, transport)
     throughputs = {
         status.incarnation: MessageToDict(
             status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
@@ -93,7 +102,7 @@ def _of_cluster(scheduler: str, name: str, count: int) -> tuple[list[_Explained]
     explained, failed = [], False
     for replica in verifiers_of(cluster, name):
         try:
-            steps = explain_steps(replica.address, count)
+            steps = explain_steps(replica.address, count, transport)
         except DSparkError as error:
             failed = True
             told = printable(f"{replica.incarnation}: {error}")

@@ -48,13 +48,31 @@ def not_by_file(context: grpc.aio.ServicerContext) -> Refusal | None:
     return Refusal(grpc.StatusCode.PERMISSION_DENIED, "this socket answers health checks only")
 
 
+class RefusalLog:
+    """Tells of refusals, of one a second and how many others there were."""
+
+    def __init__(self) -> None:
+        self._log_after, self._unlogged = 0.0, 0
+
+    def note(self, what: str, who: str, why: str) -> None:
+        """One more; none of the three may hold a secret."""
+        now = time.monotonic()
+        if now < self._log_after:
+            self._unlogged += 1
+            return
+        log.warning(
+            "refused %s to %s: %s (and %d before it that were not told)",
+            what, who, why, self._unlogged,
+        )  # fmt: skip
+        self._log_after, self._unlogged = now + _LOG_EVERY_S, 0
+
+
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
     """Refuses a call at the first check that does; the health service stays open to all."""
 
     def __init__(self, checks: Sequence[Check]) -> None:
         self._checks = checks
-        self._log_after = 0.0
-        self._unlogged = 0
+        self._refusals = RefusalLog()
 
     async def intercept_service(
         self,
@@ -89,19 +107,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untype
         for check in self._checks:
             refusal = check(context)
             if refusal is not None:
-                self._log(context, method, refusal)
+                self._refusals.note(method, context.peer(), refusal.message)
                 await context.abort(*refusal)
-
-    def _log(self, context: grpc.aio.ServicerContext, method: str, refusal: Refusal) -> None:
-        now = time.monotonic()
-        if now < self._log_after:
-            self._unlogged += 1
-            return
-        log.warning(
-            "refused %s to %s: %s (%d more since the last such line)",
-            method, context.peer(), refusal.message, self._unlogged,
-        )  # fmt: skip
-        self._log_after, self._unlogged = now + _LOG_EVERY_S, 0
 
 
 def _replaced(

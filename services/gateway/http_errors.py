@@ -12,6 +12,7 @@ from dspark.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -26,6 +27,7 @@ class BodyTooLargeError(InvalidRequestError):
 _KINDS: tuple[tuple[type[DSparkError], int, str], ...] = (
     (BodyTooLargeError, 413, "invalid_request_error"),
     (InvalidRequestError, 400, "invalid_request_error"),
+    (UnauthenticatedError, 401, "invalid_request_error"),
     (ModelNotFoundError, 404, "invalid_request_error"),
     (OverloadedError, 429, "rate_limit_error"),
     (UnavailableError, 503, "service_unavailable_error"),
@@ -57,6 +59,8 @@ def error_response(error: DSparkError) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, UnauthenticatedError):
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status, headers)
 
 

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from dspark.config import ServeConfig
 from dspark.pb import scheduler_pb2
+from dspark.rpc.certificates import public_certificates
 from dspark.rpc.lease import LeaseKeeper, Locate
 from dspark.rpc.options import MAX_PUBLIC_MESSAGE_BYTES
 from dspark.rpc.server import ReplicaServer
@@ -60,7 +61,10 @@ class GatewayService:
             config.engine.service_class,
             first_wait_s,
         )
-        self._server = ReplicaServer(MAX_PUBLIC_MESSAGE_BYTES)
+        self._server = ReplicaServer(
+            MAX_PUBLIC_MESSAGE_BYTES,
+            certificates=public_certificates(gateway.tls),
+        )
 
     async def start(self) -> int:
         """Listen for gRPC and register with the scheduler; returns the port."""
