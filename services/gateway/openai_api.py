@@ -13,9 +13,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from dspark.errors import DSparkError
+from dspark.services.gateway.api_keys import ApiKeys
 from dspark.services.gateway.generation import Generator, Part
 from dspark.services.gateway.http_body import ClientGoneError, read_model, unless_gone
 from dspark.services.gateway.http_errors import error_body, error_response, plain_error
+from dspark.services.gateway.http_keys import KeyMiddleware
 from dspark.services.gateway.openai_replies import ChatReplies, CompletionReplies, Replies
 from dspark.services.gateway.openai_schemas import ChatCompletionRequest, CompletionRequest
 from dspark.services.gateway.request import GenerationRequest
@@ -34,10 +36,14 @@ class Health:
     reason: str = ""
 
 
-def create_app(generator: Generator, health: Callable[[], Health]) -> FastAPI:
-    """The ASGI application."""
+def create_app(
+    generator: Generator, health: Callable[[], Health], keys: ApiKeys | None = None
+) -> FastAPI:
+    """The ASGI application; without `keys` it asks for none."""
     # Bodies are read here, bounded and with our errors, so a generated schema would be empty.
     app = FastAPI(openapi_url=None)
+    if keys is not None:
+        app.add_middleware(KeyMiddleware, keys=keys)
     app.add_exception_handler(DSparkError, _dspark_error)
     app.add_exception_handler(ClientGoneError, _client_gone)
     app.add_exception_handler(HTTPException, _http_error)

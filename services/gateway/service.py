@@ -14,6 +14,7 @@ from dspark.rpc.lease import LeaseKeeper, Locate
 from dspark.rpc.options import MAX_PUBLIC_MESSAGE_BYTES
 from dspark.rpc.server import ReplicaServer
 from dspark.rpc.transport import open_transport
+from dspark.services.gateway.api_keys import ApiKeys
 from dspark.services.gateway.cluster import ClusterView
 from dspark.services.gateway.detokenize import decoder_factory
 from dspark.services.gateway.generation import Generator
@@ -61,9 +62,11 @@ class GatewayService:
             config.engine.service_class,
             first_wait_s,
         )
+        self._keys = ApiKeys(gateway.api_keys_folder) if gateway.api_keys_folder else None
         self._server = ReplicaServer(
             MAX_PUBLIC_MESSAGE_BYTES,
             certificates=public_certificates(gateway.tls),
+            checks=[self._keys.check] if self._keys else [],
         )
 
     async def start(self) -> int:
@@ -89,7 +92,7 @@ class GatewayService:
 
     def http_app(self) -> FastAPI:
         """The HTTP side, to be served by whoever owns the port."""
-        return create_app(self.generator, self.health)
+        return create_app(self.generator, self.health, self._keys)
 
     def health(self) -> Health:
         """Whether a new request would find its way."""
