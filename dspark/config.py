@@ -17,6 +17,7 @@ from dspark.errors import ConfigError, InvalidRequestError
 T = TypeVar("T")
 
 MAX_CLASS_CHARS = 64
+MAX_BLOCK_SIZE = 64  # draft tokens
 _KUBERNETES_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -113,7 +114,15 @@ class EngineConfig:
         if not self.prefill_stretch >= 1.0:
             raise ConfigError(f"prefill_stretch must be at least 1; got {self.prefill_stretch}")
         if self.policy not in ("adaptive", "fixed", "off"):
-            raise ConfigError(f"policy must be adaptive, fixed or off; got {self.policy!r}")
+            raise ConfigError(
+                "policy must be adaptive, fixed or 'off' (YAML reads a bare off as false); got "
+                f"{self.policy!r}"
+            )
+        if not 0 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise ConfigError(
+                f"block_size must be between 0 (the drafter's own) and {MAX_BLOCK_SIZE}; got "
+                f"{self.block_size}"
+            )
         if self.planner not in ("auto", "synchronous", "asynchronous"):
             raise ConfigError(
                 f"planner must be auto, synchronous or asynchronous; got {self.planner!r}"
@@ -124,6 +133,10 @@ class EngineConfig:
                     f"a service class needs a name of 1 to {MAX_CLASS_CHARS} characters; got "
                     f"{name!r}"
                 )
+
+    def class_or_default(self, name: str) -> ServiceClass:
+        """The class of a request that named it while there was one, else "default"."""
+        return self.classes.get(name) or self.service_class(DEFAULT_CLASS)
 
     def service_class(self, name: str) -> ServiceClass:
         """The class of a request that names it; InvalidRequestError if there is none."""
@@ -147,6 +160,9 @@ class DraftConfig:
     max_batch_works: int = 64  # works drafted for together; one verifier's batch is not split
     max_streams: int = 32  # verifiers served at once
 
+    def __post_init__(self) -> None:
+        _positive(self, "cache_tokens", "max_batch_works", "max_streams")
+
 
 @dataclass(frozen=True, slots=True)
 class KubernetesConfig:
@@ -168,6 +184,7 @@ class KubernetesConfig:
 class SchedulerConfig:
     """Leases, the store, and the election of one scheduler among several."""
 
+    application: str = "scheduler"  # name of its Serve application, by which replicas find it
     heartbeat_s: float = 1.0
     lease_s: float = 5.0  # a replica silent for this long is gone
     store_url: str = ""  # redis://… ; empty: in this process
@@ -208,6 +225,10 @@ class GatewayConfig:
     grpc_port: int = 50051
     max_in_flight: int = 256  # requests at once; beyond, OverloadedError
     resume_timeout_s: float = 120.0  # how long a stream looks for a verifier that can go on with it
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_in_flight")
+        _between(self, 0.0, math.inf, "resume_timeout_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,9 +308,10 @@ class ServeConfig:
     verifier_replicas: int = 1
     draft_replicas: int = 1
     scheduler_replicas: int = 1  # one leads; a second one stands by
+    gateway_replicas: int = 1  # each on a node of its own, where its gRPC port is free
 
     def __post_init__(self) -> None:
-        _positive(self, "verifier_replicas", "scheduler_replicas")
+        _positive(self, "verifier_replicas", "scheduler_replicas", "gateway_replicas")
         scheduler = self.scheduler
         if self.scheduler_replicas > 1 and not (
             scheduler.store_url or scheduler.leader_election == "kubernetes"
@@ -336,7 +358,25 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
             made[key] = {name: _named(each, key, name, group) for name, group in value.items()}
         else:
             made[key] = build(nested, value) if isinstance(value, Mapping) else value
+            _check_kind(key, str(known[key].type), value)
     return cls(**made)
+
+
+# By annotation: what a plain setting must be. Templates like to make text or floats of numbers.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "text"),
+}
+
+
+def _check_kind(key: str, annotation: str, value: object) -> None:
+    kinds, called = _KINDS.get(annotation, ((object,), ""))
+    if not isinstance(value, kinds) or (
+        isinstance(value, bool) and kinds in ((int,), (int, float))
+    ):
+        raise ConfigError(f"{key} must be {called}; got {value!r}")
 
 
 def _named(cls: type[T], key: str, name: str, group: object) -> T:

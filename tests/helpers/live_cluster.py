@@ -31,7 +31,6 @@ class LiveVerifier:
     """What a verifier replica runs, without its process."""
 
     def __init__(self, engine: VerifierEngine) -> None:
-        self._bounds = engine.config
         self.incarnation = f"verifier-{uuid4().hex[:8]}"
         self._loop, self._stepped = asyncio.get_running_loop(), asyncio.Event()
         self._server = ReplicaServer()
@@ -64,7 +63,7 @@ class LiveVerifier:
                 max_context_tokens=512,
             ),
             locate,
-            lambda: load_to_pb(self.runner, self._bounds),
+            lambda: load_to_pb(self.runner),
             lambda answer: None,
             BEAT_S,
         )
