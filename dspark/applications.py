@@ -7,12 +7,16 @@ that a running replica takes over (docs/deployment.md has the table).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dspark.config import ServeConfig, build
 from dspark.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 # What every replica reads: how to beat, and how to find the scheduler.
 _ALL = ("scheduler",)
@@ -59,11 +63,11 @@ class Application:
             group = getattr(config, name)
             try:
                 made = build(type(group), given)
+                groups[name] = replace(group, **{key: getattr(made, key) for key in given})
             except ConfigError as error:
                 raise ConfigError(
                     f"user_config of the deployment {self.name!r}: {name}: {error}"
                 ) from error
-            groups[name] = replace(group, **{key: getattr(made, key) for key in given})
         return replace(config, **groups)
 
     def _changeable(self) -> list[str]:
@@ -75,6 +79,28 @@ class Application:
                 f"{what} of {self.name!r} must be a mapping of settings; got {values!r}"
             )
         return values
+
+
+class Reconfiguring:
+    """One replica's, which takes over a user_config at its start and whenever it changes.
+
+    Serve stops a replica that refuses one, and then every other that starts in its place. A replica
+    that serves is not to be lost for a slip of the pen: it goes on as it was.
+    """
+
+    def __init__(self) -> None:
+        self._began = False
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """A ConfigError inside ends a start, and is logged and left at that later on."""
+        try:
+            yield
+        except ConfigError as error:
+            if not self._began:
+                raise
+            log.error("this replica goes on as it was: %s", error)
+        self._began = True
 
 
 # The scheduler's word on these three holds wherever it is heard; a verifier's own, while it is not.
@@ -103,3 +129,23 @@ GATEWAY = Application(
     changes={"gateway": ("max_in_flight", "resume_timeout_s"), "engine": ("classes",)},
 )
 APPLICATIONS = (SCHEDULER, DRAFT, VERIFIER, GATEWAY)  # in the order in which they had best start
+
+
+def check_serve_config(config: Mapping[str, Any]) -> None:
+    """ConfigError if a Serve config gives one of these applications what it would refuse.
+
+    Looks at args and at user_config; what is Serve's own, Serve checks. Other applications pass.
+    """
+    known = {f"dspark.services.{one.name}.app:build": one for one in APPLICATIONS}
+    for given in config.get("applications", []):
+        application = known.get(given.get("import_path"))
+        if application is None:
+            continue
+        settings = application.configured(given.get("args", {}))
+        for deployment in given.get("deployments", []):
+            if deployment.get("name") != application.name:
+                raise ConfigError(
+                    f"the application {given.get('name')!r} has one deployment, "
+                    f"{application.name!r}, but options are given for {deployment.get('name')!r}"
+                )
+            application.changed(settings, deployment.get("user_config") or {})

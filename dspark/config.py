@@ -114,10 +114,7 @@ class EngineConfig:
         if not self.prefill_stretch >= 1.0:
             raise ConfigError(f"prefill_stretch must be at least 1; got {self.prefill_stretch}")
         if self.policy not in ("adaptive", "fixed", "off"):
-            raise ConfigError(
-                "policy must be adaptive, fixed or 'off' (YAML reads a bare off as false); got "
-                f"{self.policy!r}"
-            )
+            raise ConfigError(f"policy must be adaptive, fixed or off; got {self.policy!r}")
         if not 0 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ConfigError(
                 f"block_size must be between 0 (the drafter's own) and {MAX_BLOCK_SIZE}; got "
@@ -358,25 +355,28 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
             made[key] = {name: _named(each, key, name, group) for name, group in value.items()}
         else:
             made[key] = build(nested, value) if isinstance(value, Mapping) else value
-            _check_kind(key, str(known[key].type), value)
+            if (kind := _KINDS.get(str(known[key].type))) is not None:
+                made[key] = _of_kind(key, value, *kind)
     return cls(**made)
 
 
-# By annotation: what a plain setting must be. Templates like to make text or floats of numbers.
+# By annotation: what a plain setting must be.
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
     "bool": ((bool,), "true or false"),
-    "str": ((str,), "text"),
+    "str": ((str,), "text (in quotes: YAML reads a bare off as false)"),
 }
 
 
-def _check_kind(key: str, annotation: str, value: object) -> None:
-    kinds, called = _KINDS.get(annotation, ((object,), ""))
-    if not isinstance(value, kinds) or (
-        isinstance(value, bool) and kinds in ((int,), (int, float))
-    ):
+def _of_kind(key: str, value: Any, kinds: tuple[type, ...], called: str) -> Any:
+    """`value`, if it is of one of `kinds`, else ConfigError; on the way here 32 may become 32.0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kinds == (int,) and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, kinds) or (int in kinds and not is_number):
         raise ConfigError(f"{key} must be {called}; got {value!r}")
+    return value
 
 
 def _named(cls: type[T], key: str, name: str, group: object) -> T:

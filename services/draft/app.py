@@ -13,7 +13,7 @@ from uuid import uuid4
 import ray
 from ray import serve
 
-from dspark.applications import DRAFT
+from dspark.applications import DRAFT, Reconfiguring
 from dspark.config import ServeConfig
 from dspark.engine.assembly import drafter_folder, load_draft_engine
 from dspark.engine.threads import compute_apart
@@ -47,7 +47,7 @@ class DraftReplica:
 
     # Serve awaits it; what starts here lives on the replica's event loop.
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
-        self._config = config
+        self._config, self._reconfiguring = config, Reconfiguring()
         self._incarnation = f"draft-{uuid4().hex[:12]}"
         model = with_threads(config.model)
         folder = drafter_folder(model)
@@ -88,10 +88,11 @@ class DraftReplica:
         log.info("draft %s serves %s at %s", self._incarnation, model.target, self._address)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Go on by what `user_config` changes; ConfigError if it may not."""
-        draft = DRAFT.changed(self._config, user_config).draft
-        self._worker.max_batch_works = draft.max_batch_works
-        self._servicer.max_streams = draft.max_streams
+        """Go on by what `user_config` changes."""
+        with self._reconfiguring.taking():
+            draft = DRAFT.changed(self._config, user_config).draft
+            self._worker.max_batch_works = draft.max_batch_works
+            self._servicer.max_streams = draft.max_streams
 
     async def pid(self) -> int:
         """This process; for operators and fault tests."""

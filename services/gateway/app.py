@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
-from dspark.applications import GATEWAY
+from dspark.applications import GATEWAY, Reconfiguring
 from dspark.config import ServeConfig
 from dspark.models.tokenizer import load_tokenizer
 from dspark.rpc.scheduler_address import scheduler_of
@@ -37,7 +37,7 @@ class Gateway:
 
     # Serve awaits it; the servers that start here live on the loop that serves requests.
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
-        self._config = config
+        self._config, self._reconfiguring = config, Reconfiguring()
         tokenizer: Any = await asyncio.to_thread(load_tokenizer, config.model.target)
         locate = scheduler_of(config.scheduler.application)
         self._service = GatewayService(config, tokenizer, locate)
@@ -47,8 +47,9 @@ class Gateway:
         return self._service.http_app()
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Go on by what `user_config` changes; ConfigError if it may not."""
-        self._service.reconfigure(GATEWAY.changed(self._config, user_config))
+        """Go on by what `user_config` changes."""
+        with self._reconfiguring.taking():
+            self._service.reconfigure(GATEWAY.changed(self._config, user_config))
 
     async def check_health(self) -> None:
         """Raises when Serve should replace this replica."""

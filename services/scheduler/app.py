@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from dspark.applications import SCHEDULER
+from dspark.applications import SCHEDULER, Reconfiguring
 from dspark.config import ServeConfig
 from dspark.services.scheduler.service import SchedulerService
 
@@ -28,7 +28,7 @@ class Scheduler:
 
     # Serve awaits it; the server that starts here lives on the replica's event loop.
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
-        self._config = config
+        self._config, self._reconfiguring = config, Reconfiguring()
         self._service = SchedulerService(config)
         await self._service.start(ray.util.get_node_ip_address())
 
@@ -37,8 +37,9 @@ class Scheduler:
         return self._service.leader
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Go on by what `user_config` changes; ConfigError if it may not."""
-        self._service.reconfigure(SCHEDULER.changed(self._config, user_config).engine)
+        """Go on by what `user_config` changes."""
+        with self._reconfiguring.taking():
+            self._service.reconfigure(SCHEDULER.changed(self._config, user_config).engine)
 
     async def check_health(self) -> None:
         """Raises when Serve should replace this replica."""

@@ -11,7 +11,7 @@ from uuid import uuid4
 import ray
 from ray import serve
 
-from dspark.applications import VERIFIER
+from dspark.applications import VERIFIER, Reconfiguring
 from dspark.config import ServeConfig
 from dspark.engine.assembly import load_target, make_verifier
 from dspark.engine.runner import EngineRunner
@@ -47,7 +47,7 @@ class VerifierReplica:
 
     # Serve awaits it; what starts here lives on the replica's event loop.
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
-        self._config = config
+        self._config, self._reconfiguring = config, Reconfiguring()
         self._incarnation = f"verifier-{uuid4().hex[:12]}"
         model, locate = with_threads(config.model), scheduler_of(config.scheduler.application)
         loaded = await compute_apart(load_target, model)
@@ -102,9 +102,10 @@ class VerifierReplica:
         log.info("verifier %s serves %s at %s", self._incarnation, model.target, self._address)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Go on by what `user_config` changes; ConfigError if it may not."""
-        changed = VERIFIER.changed(self._config, user_config)
-        await asyncio.wrap_future(self._runner.reconfigure(changed.engine))
+        """Go on by what `user_config` changes."""
+        with self._reconfiguring.taking():
+            changed = VERIFIER.changed(self._config, user_config)
+            await asyncio.wrap_future(self._runner.reconfigure(changed.engine))
 
     async def address(self) -> str:
         """host:port of this replica's gRPC server; for operators."""
