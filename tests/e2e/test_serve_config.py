@@ -15,7 +15,13 @@ from typing import Any
 import httpx
 import pytest
 from helpers.ports import free_ports
-from helpers.serve_cluster import POOL_LABEL, ServeCluster, running_serve_cluster
+from helpers.serve_cluster import (
+    POOL_LABEL,
+    ServeCluster,
+    on_this_machine,
+    running_serve_cluster,
+    serve_config,
+)
 from helpers.tiny import save_models
 
 from dspark.applications import check_serve_config
@@ -93,24 +99,28 @@ def application(name: str, args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+MODEL = {"target": "org/model", "device": "cuda"}
+# Fixed blocks, from the draft service alone: what is drafted hangs on no times.
+ENGINE = {"policy": "fixed", "max_requests": 8, "cache_tokens": 4096, "prompt_lookup": False}
+CONFIG = {
+    "proxy_location": "EveryNode",
+    "http_options": {"host": "0.0.0.0", "port": 8000},
+    "applications": [
+        # Serve starts them all at once, those that need the scheduler among them.
+        application("gateway", {"model": MODEL, "gateway": {"grpc_host": "0.0.0.0"}}),
+        application("verifier", {"model": MODEL, "engine": ENGINE}),
+        application("draft", {"model": MODEL}),
+        application("scheduler", {"engine": ENGINE}),
+    ],
+}
+
+
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     target, drafter = save_models(tmp_path_factory.mktemp("tiny"))
     http_port, grpc_port = free_ports(2)
-    model = {"target": str(target), "drafter": str(drafter), "dtype": "float32", "threads": 1}
-    engine = {"policy": "fixed", "max_requests": 8, "cache_tokens": 4096, "prompt_lookup": False}
-    config = {
-        # One proxy: all nodes are this machine.
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": http_port},
-        "applications": [
-            # Serve starts them all at once, those that need the scheduler among them.
-            application("gateway", {"model": model, "gateway": {"grpc_port": grpc_port}}),
-            application("verifier", {"model": model, "engine": engine}),
-            application("draft", {"model": model}),
-            application("scheduler", {"engine": engine}),
-        ],
-    }
+    tiny = {"target": str(target), "drafter": str(drafter), "dtype": "float32", "threads": 1}
+    config = on_this_machine(serve_config(CONFIG), tiny, http_port, grpc_port)
     check_serve_config(config)
     with running_serve_cluster("gateway", "draft", "verifier") as cluster:
         made = Deployed(cluster, config)
@@ -177,7 +187,8 @@ def test_a_slip_in_a_user_config_ends_no_replica(deployed: Deployed) -> None:
 
 
 def test_args_that_are_refused_are_told_and_what_runs_goes_on(deployed: Deployed) -> None:
-    before, cluster = deployed.replicas(), deployed.cluster
+    cluster = deployed.cluster
+    before = cluster.replicas("verifier")
     config = copy.deepcopy(deployed.config)
     config["applications"][1]["args"]["engine"] = {"max_request": 4}
     cluster.deploy(config)
@@ -187,7 +198,7 @@ def test_args_that_are_refused_are_told_and_what_runs_goes_on(deployed: Deployed
     assert deployed.drafted()
     deployed.deploy()
     cluster.await_status("RUNNING", *ALL)
-    assert deployed.replicas() == before
+    assert cluster.replicas("verifier") == before
 
 
 def test_a_scheduler_that_is_taken_away_and_deployed_anew_is_found_again(

@@ -5,6 +5,7 @@ Its nodes are processes of this machine: they share its address, and its ports.
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,28 @@ def serve_config(source: Path | Mapping[str, Any]) -> dict[str, Any]:
     assert len(services) == 1, f"{source} has {len(services)} RayServices"
     rendered: dict[str, Any] = yaml.safe_load(services[0]["spec"]["serveConfigV2"])
     return rendered
+
+
+def on_this_machine(
+    config: Mapping[str, Any], model: Mapping[str, Any], http_port: int, grpc_port: int
+) -> dict[str, Any]:
+    """`config` with another model on the CPU, and with ports of this machine's.
+
+    All nodes are this machine, so that there can be one proxy and one gateway.
+    """
+    made = copy.deepcopy(dict(config))
+    made["proxy_location"] = "HeadOnly"
+    made["http_options"] = {"host": "127.0.0.1", "port": http_port}
+    for application in made["applications"]:
+        args = application["args"]
+        if "model" in args:
+            args["model"] = {**args["model"], **model, "device": "cpu"}
+        if "gateway" in args:
+            args["gateway"] |= {"grpc_host": "127.0.0.1", "grpc_port": grpc_port}
+        for deployment in application["deployments"]:
+            for name in ("num_gpus", "accelerator_type"):
+                deployment["ray_actor_options"].pop(name, None)
+    return made
 
 
 class ServeCluster:
@@ -95,7 +118,7 @@ class ServeCluster:
 
 
 @contextmanager
-def running_serve_cluster(*pools: str, cpus: int = 2) -> Iterator[ServeCluster]:
+def running_serve_cluster(*pools: str, cpus: int = 8) -> Iterator[ServeCluster]:
     """A head without CPUs, as in production, and a node in each of `pools`."""
     from ray.cluster_utils import Cluster
 
