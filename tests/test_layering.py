@@ -19,7 +19,7 @@ PACKAGE = ROOT / "dspark"
 
 # Low to high. Those that share a layer may import each other, but for STRANGERS.
 LAYERS = (
-    ("types", "errors", "config", "telemetry", "store"),
+    ("types", "errors", "config", "applications", "telemetry", "store"),
     ("decoding", "scheduling"),
     ("kernels",),
     ("models",),

@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx
 
+from dspark.applications import DRAFT, GATEWAY, VERIFIER
 from dspark.config import ServeConfig
 from dspark.engine.assembly import drafter_folder
 from dspark.errors import ConfigError, UnavailableError
 
-SCHEDULER_APP = "scheduler"
 _START_TIMEOUT_S = 300.0
 
 Log = Callable[[str], None]
@@ -55,6 +55,11 @@ class LocalCluster:
         Raises ConfigError when a port is taken, UnavailableError when the services do not come up.
         """
         gateway = self.config.gateway
+        if self.config.gateway_replicas != 1:
+            raise ConfigError(
+                f"gateway_replicas is {self.config.gateway_replicas}, but each needs a node of its "
+                "own and this is one machine: leave it at 1"
+            )
         _require_free(gateway.http_host, gateway.http_port, "--http-port")
         _require_free(gateway.grpc_host, gateway.grpc_port, "--grpc-port")
         drafted = drafter_folder(self.config.model) is not None
@@ -101,14 +106,15 @@ class LocalCluster:
 
         config = self.config
         self._log("starting the scheduler …")
-        self._applications.append(SCHEDULER_APP)
-        handle = serve.run(scheduler.deployment(config), name=SCHEDULER_APP, route_prefix=None)
+        name = config.scheduler.application
+        self._applications.append(name)
+        handle = serve.run(scheduler.deployment(config), name=name, route_prefix=None)
         self.scheduler_address = handle.grpc_address.remote().result(timeout_s=_START_TIMEOUT_S)
         parts: list[tuple[str, Any, str | None]] = []
         if drafted and config.most_drafts:
-            parts.append(("draft", draft.deployment(config, handle), None))
-        parts.append(("verifier", verifier.deployment(config, handle), None))
-        parts.append(("gateway", gateway.deployment(config, handle), "/"))
+            parts.append((DRAFT.name, draft.deployment(config), None))
+        parts.append((VERIFIER.name, verifier.deployment(config), None))
+        parts.append((GATEWAY.name, gateway.deployment(config), "/"))
         for name, application, route in parts:
             self._log(f"starting the {name} …")
             self._applications.append(name)

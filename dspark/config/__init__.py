@@ -2,6 +2,7 @@
 
 from dspark.config.engine import (
     DEFAULT_CLASS,
+    MAX_BLOCK_SIZE,
     MAX_CLASS_CHARS,
     DraftConfig,
     EngineConfig,
@@ -21,6 +22,7 @@ from dspark.config.services import (
 
 __all__ = [
     "DEFAULT_CLASS",
+    "MAX_BLOCK_SIZE",
     "MAX_CLASS_CHARS",
     "AutoscalingConfig",
     "ClientTls",

@@ -25,11 +25,3 @@ def between(settings: object, low: float, high: float, *names: str) -> None:
         ):
             limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise ConfigError(f"{name} must be a number {limits}; got {value!r}")
-
-
-def texts(settings: object, *names: str) -> None:
-    """Each of them is a text, empty or not."""
-    for name in names:
-        value = getattr(settings, name)
-        if not isinstance(value, str):
-            raise ConfigError(f"{name} must be a text; got {value!r}")

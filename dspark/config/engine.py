@@ -10,6 +10,7 @@ from dspark.config.checks import between, positive
 from dspark.errors import ConfigError, InvalidRequestError
 
 MAX_CLASS_CHARS = 64
+MAX_BLOCK_SIZE = 64  # draft tokens
 DEFAULT_CLASS = "default"
 
 
@@ -79,6 +80,11 @@ class EngineConfig:
             raise ConfigError(f"prefill_stretch must be at least 1; got {self.prefill_stretch}")
         if self.policy not in ("adaptive", "fixed", "off"):
             raise ConfigError(f"policy must be adaptive, fixed or off; got {self.policy!r}")
+        if not 0 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise ConfigError(
+                f"block_size must be between 0 (the drafter's own) and {MAX_BLOCK_SIZE}; got "
+                f"{self.block_size}"
+            )
         if self.planner not in ("auto", "synchronous", "asynchronous"):
             raise ConfigError(
                 f"planner must be auto, synchronous or asynchronous; got {self.planner!r}"
@@ -89,6 +95,10 @@ class EngineConfig:
                     f"a service class needs a name of 1 to {MAX_CLASS_CHARS} characters; got "
                     f"{name!r}"
                 )
+
+    def class_or_default(self, name: str) -> ServiceClass:
+        """The class of a request that named it while there was one, else "default"."""
+        return self.classes.get(name) or self.service_class(DEFAULT_CLASS)
 
     def service_class(self, name: str) -> ServiceClass:
         """The class of a request that names it; InvalidRequestError if there is none."""
@@ -111,3 +121,6 @@ class DraftConfig:
     cache_tokens: int = 65536  # positions of context, over all sessions
     max_batch_works: int = 64  # works drafted for together; one verifier's batch is not split
     max_streams: int = 32  # verifiers served at once
+
+    def __post_init__(self) -> None:
+        positive(self, "cache_tokens", "max_batch_works", "max_streams")

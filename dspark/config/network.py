@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from dspark.config.checks import texts
 from dspark.errors import ConfigError
 
 _PORTS = re.compile(r"([0-9]{1,5})-([0-9]{1,5})")
@@ -25,7 +24,6 @@ class ServiceTls:
     ca_file: str = ""  # who may have issued the peers' certificates
 
     def __post_init__(self) -> None:
-        texts(self, "cert_file", "key_file", "ca_file")
         given = [name for name in ("cert_file", "key_file", "ca_file") if getattr(self, name)]
         if given and len(given) < 3:
             raise ConfigError(
@@ -79,7 +77,6 @@ class ClientTls:
     client_ca_file: str = ""  # set: clients must show a certificate that it issued
 
     def __post_init__(self) -> None:
-        texts(self, "cert_file", "key_file", "client_ca_file")
         if bool(self.cert_file) != bool(self.key_file):
             missing = "key_file" if self.cert_file else "cert_file"
             raise ConfigError(

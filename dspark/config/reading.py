@@ -33,7 +33,28 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
             made[key] = {name: _named(each, key, name, group) for name, group in value.items()}
         else:
             made[key] = build(nested, value) if isinstance(value, Mapping) else value
+            if (kind := _KINDS.get(str(known[key].type))) is not None:
+                made[key] = _of_kind(key, value, *kind)
     return cls(**made)
+
+
+# By annotation: what a plain setting must be.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "text (in quotes: YAML reads a bare off as false)"),
+}
+
+
+def _of_kind(key: str, value: Any, kinds: tuple[type, ...], called: str) -> Any:
+    """`value`, if it is of one of `kinds`, else ConfigError; on the way here 32 may become 32.0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kinds == (int,) and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, kinds) or (int in kinds and not is_number):
+        raise ConfigError(f"{key} must be {called}; got {value!r}")
+    return value
 
 
 def _named(cls: type[T], key: str, name: str, group: object) -> T:

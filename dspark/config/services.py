@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from dspark.config.checks import between, positive, texts
+from dspark.config.checks import between, positive
 from dspark.config.engine import DraftConfig, EngineConfig, ModelConfig
 from dspark.config.network import ClientTls, NetworkConfig
 from dspark.config.scaling import AutoscalingConfig
@@ -35,6 +35,7 @@ class KubernetesConfig:
 class SchedulerConfig:
     """Leases, the store, and the election of one scheduler among several."""
 
+    application: str = "scheduler"  # name of its Serve application, by which replicas find it
     heartbeat_s: float = 1.0
     lease_s: float = 5.0  # a replica silent for this long is gone
     store_url: str = ""  # redis://… ; empty: in this process
@@ -80,7 +81,8 @@ class GatewayConfig:
     api_keys_folder: str = ""
 
     def __post_init__(self) -> None:
-        texts(self, "api_keys_folder")
+        positive(self, "max_in_flight")
+        between(self, 0.0, math.inf, "resume_timeout_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +99,10 @@ class ServeConfig:
     verifier_replicas: int = 1
     draft_replicas: int = 1
     scheduler_replicas: int = 1  # one leads; a second one stands by
+    gateway_replicas: int = 1  # each on a node of its own, where its gRPC port is free
 
     def __post_init__(self) -> None:
-        positive(self, "verifier_replicas", "scheduler_replicas")
+        positive(self, "verifier_replicas", "scheduler_replicas", "gateway_replicas")
         scheduler = self.scheduler
         if self.scheduler_replicas > 1 and not (
             scheduler.store_url or scheduler.leader_election == "kubernetes"

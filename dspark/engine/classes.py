@@ -25,12 +25,16 @@ class ServiceClasses:
     """Belongs to one engine. Without classes, nothing is asked and nothing is counted."""
 
     def __init__(self, classes: Mapping[str, ServiceClass]) -> None:
+        self._late: Counter[str] = Counter()  # first tokens since the start, by class
+        self._round_s = 0.0  # usual; 0: not known yet
+        self.change(classes)
+
+    def change(self, classes: Mapping[str, ServiceClass]) -> None:
+        """Count and ask by these from now on; what was learnt and counted stays."""
         self._known = tuple(sorted({DEFAULT_CLASS, *classes})) if classes else ()
         self._weighs = len({1.0, *(c.weight for c in classes.values())}) > 1
         self._has_floors = any(c.min_tokens_per_s for c in classes.values())
         self._has_ceilings = any(c.max_first_token_s for c in classes.values())
-        self._late: Counter[str] = Counter()  # first tokens since the start, by class
-        self._round_s = 0.0  # usual; 0: not known yet
 
     def learn(self, round_ms: float) -> None:
         """A round in which tokens were decided took so long."""

@@ -13,10 +13,15 @@ class PlanInForce:
     """One verifier's."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._own = StepPlan(
-            policy=VerificationPolicy(config.policy), draft_by_request=config.draft_by_request
-        )
+        self._own = _plan_of(config)
         self._plan, self._until = self._own, math.inf
+
+    def reconfigure(self, config: EngineConfig) -> None:
+        """Follow `config` where no plan is valid; one that is stays in force."""
+        follows_own = self._plan is self._own
+        self._own = _plan_of(config)
+        if follows_own:
+            self._plan = self._own
 
     def follow(self, plan: StepPlan) -> None:
         """Follow `plan` until its validity ends, then the configuration again."""
@@ -28,3 +33,9 @@ class PlanInForce:
         if time.monotonic() > self._until:
             self._plan, self._until = self._own, math.inf
         return self._plan
+
+
+def _plan_of(config: EngineConfig) -> StepPlan:
+    return StepPlan(
+        policy=VerificationPolicy(config.policy), draft_by_request=config.draft_by_request
+    )

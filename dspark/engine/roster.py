@@ -44,6 +44,15 @@ class Roster:
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
         self._pace = Pace(time.monotonic)
 
+    def reconfigure(self, config: EngineConfig) -> None:
+        """Bound the queue by `config`, and treat requests as it has their classes.
+
+        Those of a class that is gone are of the class "default" from now on.
+        """
+        self._config = config
+        for sequence in [*self.running.values(), *self.waiting]:
+            sequence.service = config.class_or_default(sequence.request.service_class)
+
     def add(self, request: Request, stop_token_ids: frozenset[int]) -> None:
         """Queue a request.
 
@@ -78,7 +87,9 @@ class Roster:
             )
         if not self.running and not self.waiting:
             self._pace.resume()
-        service, now = self._config.service_class(request.service_class), time.monotonic()
+        # What another verifier began is not refused for a class that has gone since.
+        classed = self._config.class_or_default if request.epoch else self._config.service_class
+        service, now = classed(request.service_class), time.monotonic()
         self.waiting.append(
             Sequence(
                 request,

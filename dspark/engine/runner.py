@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
+from dspark.config import EngineConfig
 from dspark.engine.threads import use_all_threads
 from dspark.engine.verifier import VerifierEngine
 from dspark.errors import DSparkError, UnavailableError
@@ -57,22 +58,17 @@ class EngineRunner:
 
     def add(self, request: Request) -> Future[None]:
         """Queue a request; the future fails with what the engine's `add` raises."""
-        added: Future[None] = Future()
 
         def put() -> None:
-            if not added.set_running_or_notify_cancel():
-                return  # the caller has gone; answering would raise, and end the engine's thread
-            try:
-                if self.failure is not None:
-                    raise UnavailableError(f"this verifier's engine failed: {self.failure}")
-                self._engine.add(request)
-            except Exception as error:
-                added.set_exception(error)
-            else:
-                added.set_result(None)
+            if self.failure is not None:
+                raise UnavailableError(f"this verifier's engine failed: {self.failure}")
+            self._engine.add(request)
 
-        self._post(put)
-        return added
+        return self._answered(put)
+
+    def reconfigure(self, config: EngineConfig) -> Future[None]:
+        """Go on by these settings before the next step; the future fails as the engine's does."""
+        return self._answered(lambda: self._engine.reconfigure(config))
 
     def abort(self, request_id: str) -> None:
         """Drop a request before the next step."""
@@ -101,6 +97,11 @@ class EngineRunner:
         self._post(lambda: self._engine.calibration.offer(table))
 
     @property
+    def config(self) -> EngineConfig:
+        """The engine's settings, as they stand; read without waiting."""
+        return self._engine.config
+
+    @property
     def load(self) -> tuple[int, int, int, int]:
         """The engine's load, as it stands; read without waiting."""
         return self._engine.load
@@ -126,6 +127,23 @@ class EngineRunner:
             drafts_wanted=self._wanting.look(counts.wanting, counts.rounds),
             blocks_missed=self._missed.look(counts.missed, counts.blocks),
         )
+
+    def _answered(self, action: Callable[[], None]) -> Future[None]:
+        """Run `action` on the engine's thread; the future fails with what it raises."""
+        answer: Future[None] = Future()
+
+        def run() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return  # the caller has gone; answering would raise, and end the engine's thread
+            try:
+                action()
+            except Exception as error:
+                answer.set_exception(error)
+            else:
+                answer.set_result(None)
+
+        self._post(run)
+        return answer
 
     def _post(self, action: Callable[[], None]) -> None:
         with self._wake:

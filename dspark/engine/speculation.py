@@ -62,10 +62,10 @@ class Speculation:
         exchange: DraftExchange | None,
         features: FeatureStore | None,  # None: the drafter reads token ids
         lookup: PromptLookup | None,
-        block_size: int,
+        block_size: int,  # the drafter's own
         calibration: CalibrationInUse,
     ) -> None:
-        self.block_size = block_size  # γ, where a plan says nothing else
+        self._own_block_size = block_size
         self.classes = ServiceClasses(config.classes)
         self._config = config
         self._exchange, self._features, self._lookup = exchange, features, lookup
@@ -118,6 +118,17 @@ class Speculation:
     def planned(self) -> Planned:
         """How the last step was planned, for those who ask why."""
         return self._verification.planned or Planned(self._plan.now, Basis.PROMPTS, 0)
+
+    @property
+    def block_size(self) -> int:
+        """γ, where a plan says nothing else."""
+        return self._config.block_size or self._own_block_size
+
+    def reconfigure(self, config: EngineConfig) -> None:
+        """Go on by `config` from the next step on."""
+        self._config = config
+        self.classes.change(config.classes)
+        self._plan.reconfigure(config)
 
     def follow(self, plan: StepPlan) -> None:
         """Follow `plan` until its validity ends, then the configuration again."""

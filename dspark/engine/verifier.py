@@ -23,7 +23,7 @@ from dspark.engine.lookup import PromptLookup
 from dspark.engine.roster import Roster
 from dspark.engine.sequence import Sequence
 from dspark.engine.speculation import Round, Speculation
-from dspark.errors import QueueTimeoutError
+from dspark.errors import ConfigError, QueueTimeoutError
 from dspark.kernels.attention_plan import plan_attention
 from dspark.kernels.cpu import operators
 from dspark.models.drafter import FeatureProjection
@@ -34,7 +34,13 @@ from dspark.scheduling.calibration import CalibrationInUse
 from dspark.scheduling.explanation import StepExplanation, StepRecord, StepRecords
 from dspark.scheduling.outcomes import OutcomeSample
 from dspark.scheduling.step_table import StepTimeTable
-from dspark.types import Request, StepPlan, StepReport, VerificationResult
+from dspark.types import (
+    Request,
+    StepPlan,
+    StepReport,
+    VerificationPolicy,
+    VerificationResult,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,7 @@ class VerifierEngine:
             exchange=exchange,
             features=self._features,
             lookup=lookup,
-            block_size=config.block_size or block_size,
+            block_size=block_size,
             calibration=calibration or CalibrationInUse(block_size, ""),
         )
         self._sample = OutcomeSample(block_size)
@@ -128,6 +134,24 @@ class VerifierEngine:
     def drafts(self) -> bool:
         """Whether there is anything to draft with."""
         return self._speculation.drafts
+
+    def reconfigure(self, config: EngineConfig) -> None:
+        """Go on by `config`, between two steps; what is under way keeps its place and its pages.
+
+        It may differ in policy, block size, drafting by request, service classes, and bounds of
+        the queue and of prompts; the rest is what this engine was made of. ConfigError if it
+        becomes adaptive without step times, which are measured when an engine is made.
+        """
+        adaptive = config.policy == VerificationPolicy.ADAPTIVE
+        if adaptive and self.config.policy != config.policy and self.drafts and self.table is None:
+            raise ConfigError(
+                f"the policy cannot become adaptive: this verifier began as {self.config.policy} "
+                "and has no step times. Set engine.policy in the application's args, which starts "
+                "verifiers anew"
+            )
+        self.config = config
+        self.roster.reconfigure(config)
+        self._speculation.reconfigure(config)
 
     @torch.inference_mode()
     def warm_up(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 MAX_ID_CHARS = 128
-MAX_BLOCK_SIZE = 64
 MAX_CANDIDATES = 4096
 MAX_POSITION = 1 << 24
 MAX_WORKS = 4096

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dspark.config import MAX_BLOCK_SIZE
 from dspark.errors import InvalidRequestError, ProtocolError
 from dspark.pb import draft_pb2
 from dspark.types import BlockProposal, DraftWork, Fence, FloatArray, IntArray, ResyncRequest
-from dspark.wire.bounds import MAX_BLOCK_SIZE, MAX_CANDIDATES, MAX_ID_CHARS, MAX_POSITION
+from dspark.wire.bounds import MAX_CANDIDATES, MAX_ID_CHARS, MAX_POSITION
 from dspark.wire.requests import sampling_from_pb, sampling_to_pb
 
 _LAW_TOLERANCE = 1e-3  # on the sum of a position's probabilities, float32 over many candidates

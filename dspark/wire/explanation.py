@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from dspark.config import MAX_BLOCK_SIZE
 from dspark.errors import ProtocolError
 from dspark.pb import verifier_pb2 as pb
 from dspark.scheduling.explanation import (
@@ -15,7 +16,7 @@ from dspark.scheduling.explanation import (
     RequestExplanation,
     StepExplanation,
 )
-from dspark.wire.bounds import MAX_BLOCK_SIZE, MAX_ID_CHARS
+from dspark.wire.bounds import MAX_ID_CHARS
 from dspark.wire.plans import policy_from_pb, policy_to_pb
 
 _BASIS_NUMBERS: dict[Basis, Any] = {

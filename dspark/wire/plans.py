@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dspark.config import MAX_BLOCK_SIZE
 from dspark.errors import CalibrationError, ProtocolError
 from dspark.pb import scheduler_pb2
 from dspark.scheduling.calibration import CalibrationTable, temperature_can_be
@@ -13,7 +14,7 @@ from dspark.types import (
     StepReport,
     VerificationPolicy,
 )
-from dspark.wire.bounds import MAX_BLOCK_SIZE, MAX_OUTCOMES
+from dspark.wire.bounds import MAX_OUTCOMES
 
 _POLICY_NUMBERS = {
     VerificationPolicy.ADAPTIVE: scheduler_pb2.VERIFICATION_POLICY_ADAPTIVE,

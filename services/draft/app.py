@@ -6,14 +6,14 @@ import asyncio
 import logging
 import os
 import time
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
 import ray
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
+from dspark.applications import DRAFT, Reconfiguring
 from dspark.config import ServeConfig
 from dspark.engine.assembly import drafter_folder, load_draft_engine
 from dspark.engine.threads import compute_apart
@@ -21,6 +21,8 @@ from dspark.errors import UnavailableError
 from dspark.models.checkpoint import fingerprint
 from dspark.pb import draft_pb2, draft_pb2_grpc, scheduler_pb2
 from dspark.rpc.lease import LeaseKeeper
+from dspark.rpc.reserved import with_threads
+from dspark.rpc.scheduler_address import scheduler_of
 from dspark.rpc.server import ReplicaServer
 from dspark.rpc.transport import open_transport
 from dspark.scheduling.autoscaling.options import draft_options
@@ -34,7 +36,8 @@ _DRAIN_S = 2.0  # nothing is lost when a draft stream ends
 
 
 @serve.deployment(
-    name="draft",
+    name=DRAFT.name,
+    user_config={},  # so that one that is taken away again is noticed
     health_check_period_s=2,
     health_check_timeout_s=10,
     graceful_shutdown_timeout_s=_DRAIN_S + 5,
@@ -44,12 +47,10 @@ class DraftReplica:
     """Loads the drafter, then serves and beats until it is stopped."""
 
     # Serve awaits it; what starts here lives on the replica's event loop.
-    async def __init__(  # type: ignore[misc]
-        self, config: ServeConfig, scheduler: DeploymentHandle
-    ) -> None:
+    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
+        self._config, self._reconfiguring = config, Reconfiguring()
         self._incarnation = f"draft-{uuid4().hex[:12]}"
-        # Ray sets OMP_NUM_THREADS by the CPUs it reserves, and we reserve none.
-        model = replace(config.model, threads=config.model.threads or os.cpu_count() or 1)
+        model = with_threads(config.model)
         folder = drafter_folder(model)
         engine = await compute_apart(load_draft_engine, model, config.draft)
         assert folder is not None  # load_draft_engine has refused otherwise
@@ -80,7 +81,7 @@ class DraftReplica:
                 model=model.target,
                 drafter_fingerprint=weights,
             ),
-            locate=lambda: scheduler.grpc_address.remote(),
+            locate=scheduler_of(config.scheduler.application),
             load=self._load,
             on_beat=lambda _: None,
             interval_s=config.scheduler.heartbeat_s,
@@ -88,6 +89,13 @@ class DraftReplica:
         )
         self._lease.start()
         log.info("draft %s serves %s at %s", self._incarnation, model.target, self._address)
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Go on by what `user_config` changes."""
+        with self._reconfiguring.taking():
+            draft = DRAFT.changed(self._config, user_config).draft
+            self._worker.max_batch_works = draft.max_batch_works
+            self._servicer.max_streams = draft.max_streams
 
     async def pid(self) -> int:
         """This process; for operators and fault tests."""
@@ -124,7 +132,12 @@ class DraftReplica:
         log.error("this replica asks to be replaced: %s", error)
 
 
-def deployment(config: ServeConfig, scheduler: Any) -> Any:
-    """The bound deployment; `scheduler` is the scheduler's handle."""
+def deployment(config: ServeConfig) -> Any:
+    """The bound deployment."""
     replica: Any = DraftReplica  # Serve's decorators are untyped
-    return replica.options(**draft_options(config)).bind(config, scheduler)
+    return replica.options(**draft_options(config)).bind(config)
+
+
+def build(args: dict[str, Any]) -> Any:
+    """The Serve application of a config file; ConfigError if `args` are not its settings."""
+    return deployment(DRAFT.configured(args))

@@ -57,7 +57,7 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
         self._vocab_size = engine.drafter.vocab_size
         self._incarnation = incarnation
         self._fingerprint = drafter_fingerprint
-        self._max_streams = max_streams
+        self.max_streams = max_streams  # those that are open stay
         self._clients = itertools.count()
         self._open = 0
         self._quiet = asyncio.Event()  # while no stream is open
@@ -111,7 +111,7 @@ class DraftServicer(draft_pb2_grpc.DraftServicer):
                 f"this draft service hosts drafter {self._fingerprint}, the verifier is set up "
                 f"for {hello.drafter_fingerprint}: give both the same checkpoint"
             )
-        if self._open >= self._max_streams:
+        if self._open >= self.max_streams:
             raise OverloadedError(f"{self._open} verifiers are connected, the most allowed")
         log.info("verifier %s connected", hello.verifier)
 

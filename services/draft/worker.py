@@ -44,7 +44,7 @@ class DraftWorker:
         self, engine: DraftEngine, max_batch_works: int, on_failure: Callable[[BaseException], None]
     ) -> None:
         self._engine = engine
-        self._max_batch_works = max_batch_works
+        self.max_batch_works = max_batch_works  # the next run has it as it is then
         self._on_failure = on_failure
         self._wake = threading.Condition()  # guards the next three
         self._queue: FairQueue[_Job | _Free] = FairQueue()
@@ -118,7 +118,7 @@ class DraftWorker:
         """Empty when it is time to stop."""
         with self._wake:
             self._wake.wait_for(lambda: self._queue or self._stopping)
-            run = self._queue.take(self._max_batch_works)
+            run = self._queue.take(self.max_batch_works)
             self._most_waiting = max(self._most_waiting, self._queue.works)
             return run
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
+from dspark.applications import GATEWAY, Reconfiguring
 from dspark.config import ServeConfig
 from dspark.models.tokenizer import load_tokenizer
+from dspark.rpc.scheduler_address import scheduler_of
 from dspark.services.gateway.service import GatewayService
 
 _DRAIN_S = 20.0
-# Serve must not count requests down before we do: the answer to too many is our 429.
-_SPARE_REQUESTS = 64
+# Serve must not count requests before we do: the answer to too many is our 429, and how many that
+# is may change while we serve.
+_UNCOUNTED = 1_000_000
 
 
 @serve.deployment(
-    name="gateway",
+    name=GATEWAY.name,
+    user_config={},  # so that one that is taken away again is noticed
+    max_ongoing_requests=_UNCOUNTED,
+    max_replicas_per_node=1,  # the port of its gRPC server is fixed
     ray_actor_options={"num_cpus": 0},
     health_check_period_s=2,
     health_check_timeout_s=5,
@@ -30,15 +36,20 @@ class Gateway:
     """HTTP through Serve's proxy, gRPC on a server of its own."""
 
     # Serve awaits it; the servers that start here live on the loop that serves requests.
-    async def __init__(  # type: ignore[misc]
-        self, config: ServeConfig, scheduler: DeploymentHandle
-    ) -> None:
+    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
+        self._config, self._reconfiguring = config, Reconfiguring()
         tokenizer: Any = await asyncio.to_thread(load_tokenizer, config.model.target)
-        self._service = GatewayService(config, tokenizer, lambda: scheduler.grpc_address.remote())
+        locate = scheduler_of(config.scheduler.application)
+        self._service = GatewayService(config, tokenizer, locate)
         await self._service.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._service.http_app()
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Go on by what `user_config` changes."""
+        with self._reconfiguring.taking():
+            self._service.reconfigure(GATEWAY.changed(self._config, user_config))
 
     async def check_health(self) -> None:
         """Raises when Serve should replace this replica."""
@@ -50,8 +61,12 @@ class Gateway:
             await service.stop(_DRAIN_S)
 
 
-def deployment(config: ServeConfig, scheduler: Any) -> Any:
-    """The bound deployment; `scheduler` is the scheduler's."""
-    limit = config.gateway.max_in_flight + _SPARE_REQUESTS
+def deployment(config: ServeConfig) -> Any:
+    """The bound deployment."""
     gateway: Any = Gateway  # Serve's decorators are untyped
-    return gateway.options(max_ongoing_requests=limit).bind(config, scheduler)
+    return gateway.options(num_replicas=config.gateway_replicas).bind(config)
+
+
+def build(args: dict[str, Any]) -> Any:
+    """The Serve application of a config file; ConfigError if `args` are not its settings."""
+    return deployment(GATEWAY.configured(args))

@@ -68,6 +68,10 @@ class Generator:
         self._idle.set()
         self._draining = False
 
+    def reconfigure(self, max_in_flight: int, service_class: Callable[[str], object]) -> None:
+        """Let new requests in by these; those under way go on."""
+        self._max_in_flight, self._service_class = max_in_flight, service_class
+
     @property
     def in_flight(self) -> int:
         """Requests being generated."""

@@ -75,7 +75,8 @@ class Router:
         transport: Transport = PLAINTEXT,
     ) -> None:
         self._cluster, self._placement = cluster, placement
-        self._resume_timeout_s, self._first_wait_s = resume_timeout_s, first_wait_s
+        self.resume_timeout_s = resume_timeout_s  # of requests that begin
+        self._first_wait_s = first_wait_s
         self._channels = ChannelCache(lambda: {v.address for v in cluster.verifiers}, transport)
 
     async def close(self) -> None:
@@ -91,7 +92,7 @@ class Router:
         time, UnavailableError when no verifier went on in time, and whatever a verifier says
         against the request.
         """
-        patience_s = self._resume_timeout_s
+        patience_s = self.resume_timeout_s
         if not self._cluster.ever_known:
             patience_s = min(patience_s, self._first_wait_s)
         journey = _Journey(request, patience_s)

@@ -90,6 +90,11 @@ class GatewayService:
         self._keeper.start()
         return port
 
+    def reconfigure(self, config: ServeConfig) -> None:
+        """New requests go by these bounds and service classes; those under way go on."""
+        self.generator.reconfigure(config.gateway.max_in_flight, config.engine.service_class)
+        self._router.resume_timeout_s = config.gateway.resume_timeout_s
+
     def http_app(self) -> FastAPI:
         """The HTTP side, to be served by whoever owns the port."""
         return create_app(self.generator, self.health, self._keys)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray import serve
 
+from dspark.applications import SCHEDULER, Reconfiguring
 from dspark.config import ServeConfig
 from dspark.services.scheduler.service import SchedulerService
 
@@ -14,7 +16,8 @@ _DRAIN_S = 1.0
 
 
 @serve.deployment(
-    name="scheduler",
+    name=SCHEDULER.name,
+    user_config={},  # so that one that is taken away again is noticed
     health_check_period_s=2,
     health_check_timeout_s=5,
     graceful_shutdown_timeout_s=_DRAIN_S + 5,
@@ -25,12 +28,18 @@ class Scheduler:
 
     # Serve awaits it; the server that starts here lives on the replica's event loop.
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
+        self._config, self._reconfiguring = config, Reconfiguring()
         self._service = SchedulerService(config)
         await self._service.start(ray.util.get_node_ip_address())
 
     async def grpc_address(self) -> str:
         """host:port of the leader's dspark.v1.Scheduler, as far as this replica knows."""
         return self._service.leader
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Go on by what `user_config` changes."""
+        with self._reconfiguring.taking():
+            self._service.reconfigure(SCHEDULER.changed(self._config, user_config).engine)
 
     async def check_health(self) -> None:
         """Raises when Serve should replace this replica."""
@@ -47,3 +56,8 @@ def deployment(config: ServeConfig) -> Any:
     """The bound deployment."""
     scheduler: Any = Scheduler  # Serve's decorators are untyped
     return scheduler.options(num_replicas=config.scheduler_replicas).bind(config)
+
+
+def build(args: dict[str, Any]) -> Any:
+    """The Serve application of a config file; ConfigError if `args` are not its settings."""
+    return deployment(SCHEDULER.configured(args))

@@ -74,6 +74,11 @@ class Calibrations:
         finally:
             self._followers.discard(follower)
 
+    def tell(self) -> None:
+        """There is something new for every stream."""
+        for follower in self._followers:
+            follower.changed.set()
+
     def take(self, report: pb.StepReport) -> None:
         """Take in a report's outcomes, if it has any; ProtocolError if they cannot be."""
         if not report.HasField("outcomes"):
@@ -115,8 +120,7 @@ class Calibrations:
                 table.epoch, refit.drafter.fingerprint, refit.drafter.model,
                 refit.error, refit.error_in_use,
             )  # fmt: skip
-            for follower in self._followers:
-                follower.changed.set()
+            self.tell()
         key = f"{_PREFIX}{refit.drafter.fingerprint}/{refit.drafter.model}"
         try:
             await self._store.put(key, table.to_json().encode(), _KEEP_S)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from dspark.config import SchedulerConfig, ServeConfig
+from dspark.config import EngineConfig, SchedulerConfig, ServeConfig
 from dspark.pb import scheduler_pb2, scheduler_pb2_grpc
 from dspark.rpc.certificates import service_certificates
 from dspark.rpc.server import ReplicaServer
@@ -44,6 +44,7 @@ class SchedulerService:
             clock=clock,
         )
         self._watch: KubernetesWatch | None = None
+        self._servicer: SchedulerServicer | None = None
         self._server = ReplicaServer(certificates=service_certificates(config.network.tls))
         self.address = ""
 
@@ -62,7 +63,7 @@ class SchedulerService:
         # Off the loop: a kubeconfig may run a program for credentials.
         self._watch = await asyncio.to_thread(open_watch, settings.kubernetes)
         cluster = Cluster(settings.lease_s, self._clock)
-        servicer = SchedulerServicer(
+        self._servicer = servicer = SchedulerServicer(
             self._config, cluster, self._store, self._leadership, self._watch
         )
         scheduler_pb2_grpc.add_SchedulerServicer_to_server(servicer, self._server.server)
@@ -71,6 +72,11 @@ class SchedulerService:
         await self._leadership.start(self.address, servicer.take_over)
         log.info("scheduler at %s; the leader is %s", self.address, self.leader)
         return self.address
+
+    def reconfigure(self, engine: EngineConfig) -> None:
+        """Plan by these settings from now on; verifiers are told at once. `start` it first."""
+        assert self._servicer is not None
+        self._servicer.reconfigure(engine)
 
     async def check(self) -> None:
         """Dial the own gRPC server; raises if it does not answer."""

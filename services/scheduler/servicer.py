@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from dspark.config import ServeConfig
+from dspark.config import EngineConfig, ServeConfig
 from dspark.errors import (
     DSparkError,
     FencedError,
@@ -66,6 +66,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         kubernetes: KubernetesWatch | None = None,
     ) -> None:
         self._config, self._cluster, self._leadership = config, cluster, leadership
+        self._engine = config.engine  # what plans say
         self._kubernetes = kubernetes
         self._store = LeaderStore(store, leadership)
         self._reports: dict[str, pb.StepReport] = {}
@@ -76,6 +77,12 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         self._unkept: dict[str, pb.HeartbeatRequest] = {}  # by incarnation, the latest
         self._copying: asyncio.Task[None] | None = None
         self._store_down = False
+
+    def reconfigure(self, engine: EngineConfig) -> None:
+        """Plan by these settings, and tell the verifiers."""
+        if engine != self._engine:
+            self._engine = engine
+            self._calibrations.tell()
 
     async def take_over(self, token: int) -> None:
         """Take in what an earlier leader knew; each replica has one lease to show itself."""
@@ -218,7 +225,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         while not reader.done():
             verifier.changed.clear()
             plan = plan_for(
-                self._config.engine,
+                self._engine,
                 self._leadership.next_epoch(),
                 self._draft_quota(verifier.incarnation),
             )

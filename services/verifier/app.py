@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
 import ray
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
+from dspark.applications import VERIFIER, Reconfiguring
 from dspark.config import ServeConfig
 from dspark.engine.assembly import load_target, make_verifier
 from dspark.engine.runner import EngineRunner
@@ -21,6 +20,8 @@ from dspark.errors import UnavailableError
 from dspark.pb import scheduler_pb2, verifier_pb2, verifier_pb2_grpc
 from dspark.rpc.lease import LeaseKeeper
 from dspark.rpc.pooled_draft_link import PooledDraftLink
+from dspark.rpc.reserved import with_threads
+from dspark.rpc.scheduler_address import scheduler_of
 from dspark.rpc.server import ReplicaServer
 from dspark.rpc.step_times import SharedStepTimes
 from dspark.rpc.transport import open_transport
@@ -35,7 +36,8 @@ _DRAIN_S = 30.0
 
 
 @serve.deployment(
-    name="verifier",
+    name=VERIFIER.name,
+    user_config={},  # so that one that is taken away again is noticed
     health_check_period_s=2,
     health_check_timeout_s=10,
     graceful_shutdown_timeout_s=_DRAIN_S + 5,
@@ -45,13 +47,11 @@ class VerifierReplica:
     """Loads the target, then serves and beats until it is stopped."""
 
     # Serve awaits it; what starts here lives on the replica's event loop.
-    async def __init__(  # type: ignore[misc]
-        self, config: ServeConfig, scheduler: DeploymentHandle
-    ) -> None:
+    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
+        self._config, self._reconfiguring = config, Reconfiguring()
         self._incarnation = f"verifier-{uuid4().hex[:12]}"
-        # Ray sets OMP_NUM_THREADS by the CPUs it reserves, and we reserve none.
-        model = replace(config.model, threads=config.model.threads or os.cpu_count() or 1)
         transport = open_transport(config.network)  # before what takes long, since it may refuse
+        model, locate = with_threads(config.model), scheduler_of(config.scheduler.application)
         loaded = await compute_apart(load_target, model)
         self._servicer = VerifierServicer(model.target, asyncio.get_running_loop())
         self._link: PooledDraftLink | None = None
@@ -62,7 +62,7 @@ class VerifierReplica:
                 loaded.target.vocab_size,
                 transport=transport,
             )
-        shared = SharedStepTimes(lambda: scheduler.grpc_address.remote(), transport=transport)
+        shared = SharedStepTimes(locate, transport=transport)
         engine = await compute_apart(
             make_verifier, loaded, config.engine, self._link, shared=shared
         )
@@ -82,8 +82,8 @@ class VerifierReplica:
                 max_context_tokens=min(loaded.target.max_positions, config.engine.cache_tokens),
                 step_times_fingerprint="" if engine.table is None else engine.table.fingerprint,
             ),
-            locate=lambda: scheduler.grpc_address.remote(),
-            load=lambda: load_to_pb(self._runner, config.engine),
+            locate=locate,
+            load=lambda: load_to_pb(self._runner),
             on_beat=self._heard,
             interval_s=config.scheduler.heartbeat_s,
             transport=transport,
@@ -106,6 +106,12 @@ class VerifierReplica:
         self._lease.start()
         self._coordinator.start()
         log.info("verifier %s serves %s at %s", self._incarnation, model.target, self._address)
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Go on by what `user_config` changes."""
+        with self._reconfiguring.taking():
+            changed = VERIFIER.changed(self._config, user_config)
+            await asyncio.wrap_future(self._runner.reconfigure(changed.engine))
 
     async def address(self) -> str:
         """host:port of this replica's gRPC server; for operators."""
@@ -142,7 +148,12 @@ class VerifierReplica:
             self._link.set_peers(shares)
 
 
-def deployment(config: ServeConfig, scheduler: Any) -> Any:
-    """The bound deployment; `scheduler` is the scheduler's handle."""
+def deployment(config: ServeConfig) -> Any:
+    """The bound deployment."""
     replica: Any = VerifierReplica  # Serve's decorators are untyped
-    return replica.options(**verifier_options(config)).bind(config, scheduler)
+    return replica.options(**verifier_options(config)).bind(config)
+
+
+def build(args: dict[str, Any]) -> Any:
+    """The Serve application of a config file; ConfigError if `args` are not its settings."""
+    return deployment(VERIFIER.configured(args))

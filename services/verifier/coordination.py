@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import grpc
 
-from dspark.config import EngineConfig
 from dspark.engine.runner import EngineRunner
 from dspark.errors import ProtocolError
 from dspark.kernels.attention_plan import PAGE_SIZE
@@ -129,9 +128,9 @@ class Coordinator:
         self._refused += 1
 
 
-def load_to_pb(runner: EngineRunner, bounds: EngineConfig) -> scheduler_pb2.Load:
+def load_to_pb(runner: EngineRunner) -> scheduler_pb2.Load:
     """How busy a verifier is, for its heartbeats."""
-    running, waiting, free, total = runner.load
+    bounds, (running, waiting, free, total) = runner.config, runner.load
     return scheduler_pb2.Load(
         running=running,
         waiting=waiting,

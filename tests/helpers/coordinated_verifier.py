@@ -53,7 +53,7 @@ class CoordinatedVerifier:
                 max_context_tokens=512,
             ),
             found,
-            lambda: load_to_pb(self.runner, engine.config),
+            lambda: load_to_pb(self.runner),
             lambda beat: None,
             _HEARTBEAT_S,
         )

@@ -18,7 +18,7 @@ import grpc
 import psutil
 import ray
 import redis
-from helpers import relay
+from helpers import elsewhere
 from helpers.fault_load import Ask, Load
 from helpers.ports import free_ports
 from helpers.redis_server import RedisServer, running_redis
@@ -26,7 +26,8 @@ from helpers.relay import Relay
 from helpers.tiny import save_models
 from ray import serve
 
-from dspark.cli.local_cluster import SCHEDULER_APP, LocalCluster
+from dspark.applications import SCHEDULER
+from dspark.cli.local_cluster import LocalCluster
 from dspark.config import EngineConfig, GatewayConfig, ModelConfig, SchedulerConfig, ServeConfig
 from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
@@ -375,22 +376,23 @@ def _run_far(config: ServeConfig, relays: Mapping[str, Relay], log: Callable[[st
     from dspark.services.verifier import app as verifier
 
     log("starting a verifier and a drafter behind relays …")
-    ray.cloudpickle.register_pickle_by_value(relay)  # replicas do not have tests/ on their path
+    ray.cloudpickle.register_pickle_by_value(elsewhere)  # replicas do not have tests/ on their path
     one_each = replace(config, verifier_replicas=1, draft_replicas=1)
-    targets = [
-        serve.RunTarget(
-            service.deployment(one_each, relay.Elsewhere(relays[role].address)),
-            name=role + _FAR,
-            route_prefix=None,
-        )
-        for role, service in (("draft", draft), ("verifier", verifier))
-    ]
+    targets: list[serve.RunTarget] = []
+    for role, service in (("draft", draft), ("verifier", verifier)):
+        scheduler = f"scheduler-of-{role}{_FAR}"
+        settings = replace(one_each, scheduler=replace(config.scheduler, application=scheduler))
+        for name, application in (
+            (scheduler, elsewhere.Elsewhere.bind(relays[role].address)),
+            (role + _FAR, service.deployment(settings)),
+        ):
+            targets.append(serve.RunTarget(application, name=name, route_prefix=None))
     serve.run_many(targets)
 
 
 def _locator() -> Callable[[], str]:
     """Finds host:port of the scheduler; raises what Ray may, or TimeoutError, without one."""
-    handle = serve.get_deployment_handle("scheduler", SCHEDULER_APP)
+    handle = serve.get_deployment_handle(SCHEDULER.name, SCHEDULER.name)
 
     def locate() -> str:
         address: str = handle.grpc_address.remote().result(timeout_s=2.0)

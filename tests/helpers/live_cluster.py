@@ -32,7 +32,7 @@ class LiveVerifier:
     """What a verifier replica runs, without its process."""
 
     def __init__(self, engine: VerifierEngine, transport: Transport = PLAINTEXT) -> None:
-        self._bounds, self._transport = engine.config, transport
+        self._transport = transport
         self.incarnation = f"verifier-{uuid4().hex[:8]}"
         self._loop, self._stepped = asyncio.get_running_loop(), asyncio.Event()
         self._server = ReplicaServer(certificates=transport.certificates)
@@ -65,7 +65,7 @@ class LiveVerifier:
                 max_context_tokens=512,
             ),
             locate,
-            lambda: load_to_pb(self.runner, self._bounds),
+            lambda: load_to_pb(self.runner),
             lambda answer: None,
             BEAT_S,
             transport=self._transport,

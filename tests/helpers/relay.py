@@ -7,20 +7,6 @@ import threading
 from collections.abc import Callable
 
 
-class Elsewhere:
-    """Stands for the scheduler's handle in a replica that is to reach it at another address."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-
-    @property
-    def grpc_address(self) -> Elsewhere:
-        return self
-
-    async def remote(self) -> str:
-        return self._address
-
-
 class Relay:
     """On a thread of its own. `target` says, before each connection, where to."""
 

@@ -16,6 +16,8 @@ from helpers.fake_services import Script
 from helpers.gateway import ANSWER, MODEL, Cluster, running_gateway
 from helpers.tokenizer import without_template
 
+from dspark.config import EngineConfig, GatewayConfig, ServeConfig, ServiceClass
+
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": MODEL, "prompt": "hello"}
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
@@ -393,6 +395,26 @@ async def test_too_many_requests_are_429() -> None:
         cluster.verifier.release.set()
         assert (await first).json()["choices"][0]["text"] == ANSWER
         await assert_serving(http)
+
+
+async def test_bounds_and_classes_change_while_a_stream_is_under_way() -> None:
+    async with running_gateway(max_in_flight=1) as cluster, cluster.http() as http:
+        cluster.verifier.scripts.append(Script(hold_at=0))
+        first = asyncio.create_task(http.post(TEXT_PATH, json=TEXT))
+        await asyncio.wait_for(cluster.verifier.held.wait(), 10)
+        gold = {**TEXT, "service_tier": "gold"}
+        assert (await http.post(TEXT_PATH, json=gold)).status_code == 400
+        cluster.service.reconfigure(
+            ServeConfig(
+                gateway=GatewayConfig(max_in_flight=2),
+                engine=EngineConfig(classes={"gold": ServiceClass(weight=2.0)}),
+            )
+        )
+        assert (await http.post(TEXT_PATH, json=gold)).status_code == 200
+        cluster.service.reconfigure(ServeConfig(gateway=GatewayConfig(max_in_flight=1)))
+        assert (await http.post(TEXT_PATH, json=TEXT)).status_code == 429
+        cluster.verifier.release.set()
+        assert (await first).json()["choices"][0]["text"] == ANSWER
 
 
 async def test_an_unexpected_error_tells_nothing_and_harms_nobody(

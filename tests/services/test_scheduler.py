@@ -16,6 +16,7 @@ from dspark.config import EngineConfig, ServeConfig
 from dspark.pb import scheduler_pb2 as pb
 from dspark.pb import scheduler_pb2_grpc
 from dspark.rpc.server import check_serving
+from dspark.services.scheduler.plans import RENEW_AFTER_S
 from dspark.services.scheduler.service import SchedulerService
 from dspark.store import MemoryStore, Store
 
@@ -111,6 +112,22 @@ async def test_a_plan_is_pushed_at_once_and_reports_are_taken() -> None:
                 break
         assert await reported()
         call.cancel()
+
+
+async def test_what_plans_say_changes_and_verifiers_are_told_at_once() -> None:
+    service = SchedulerService(CONFIG, MemoryStore(), clock=lambda: 0.0)
+    address = await service.start("127.0.0.1")
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = scheduler_pb2_grpc.SchedulerStub(channel).Coordinate()
+        first = await call.read()
+        service.reconfigure(EngineConfig(policy="off", block_size=2, draft_by_request=True))
+        async with asyncio.timeout(RENEW_AFTER_S / 2):
+            plan = await call.read()
+        assert plan.epoch > first.epoch
+        assert plan.policy == pb.VERIFICATION_POLICY_OFF
+        assert (plan.block_size, plan.draft_by_request) == (2, True)
+        call.cancel()
+    await service.stop(0)
 
 
 async def quota(stub: scheduler_pb2_grpc.SchedulerStub, step_ms: float = 80.0) -> int:

@@ -57,7 +57,7 @@ def test_settings_nest(tmp_path: Path) -> None:
         ({"scheduler": {"kubernetes_namespace": "a/b"}}, "kubernetes_namespace"),
         ({"network": {"tls": {"cert_file": "c"}}}, "got only cert_file"),
         ({"network": {"tls": {"key_file": "k", "ca_file": "a"}}}, "key_file and ca_file"),
-        ({"network": {"tls": {"ca_file": 7}}}, "ca_file must be a text; got 7"),
+        ({"network": {"tls": {"ca_file": 7}}}, "ca_file must be text; got 7"),
         ({"network": {"tls": {"cert": "c"}}}, "ServiceTls has no setting 'cert'"),
         ({"network": {"replica_ports": "20000"}}, "such as 20000-20099"),
         ({"network": {"replica_ports": 20000}}, "such as 20000-20099"),
@@ -68,7 +68,7 @@ def test_settings_nest(tmp_path: Path) -> None:
         ({"gateway": {"tls": {"cert_file": "c"}}}, "got no key_file"),
         ({"gateway": {"tls": {"key_file": "k"}}}, "got no cert_file"),
         ({"gateway": {"tls": {"client_ca_file": "a"}}}, "takes TLS"),
-        ({"gateway": {"api_keys_folder": None}}, "api_keys_folder must be a text"),
+        ({"gateway": {"api_keys_folder": None}}, "api_keys_folder must be text"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(values: dict[str, object], match: str) -> None:
