@@ -43,7 +43,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
     "bool": ((bool,), "true or false"),
-    "str": ((str,), "text (in quotes: YAML reads a bare off as false)"),
+    "str": ((str,), "text (YAML reads a bare 7 or off as something else: put it in quotes)"),
 }
 
 
