@@ -1,0 +1,2 @@
+{{- define "dspark.validate" -}}
+{{- end -}}
