@@ -1,4 +1,4 @@
-{{/* Names. RayService takes 47 characters at most, and KubeRay and we add up to 11 of our own. */}}
+{{/* Names. A RayService has 47 characters at most; what we add keeps to 63. */}}
 {{- define "dspark.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
 {{- end -}}
