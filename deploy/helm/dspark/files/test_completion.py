@@ -1,7 +1,4 @@
-"""helm test: one greedy answer, over HTTP and gRPC, with speculation and without: always the same.
-
-Over gRPC, where the service says so, drafted tokens must have been accepted for the speculative one.
-"""
+"""helm test: one greedy answer is the same over HTTP and gRPC, with speculation and without."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""helm test: a node of every pool answers a scrape, and Ray Serve's metrics are among the answers."""
+"""helm test: every pod of every pool is scraped, and Ray Serve's metrics are among the answers."""
 
 import os
 import socket
