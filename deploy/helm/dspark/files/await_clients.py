@@ -1,5 +1,6 @@
 # Before a gateway's pod ends: wait until no client is connected, or the time given is over.
 # By now the pod is no endpoint of its Service any more, so nobody new comes.
+import subprocess
 import sys
 import time
 
@@ -25,3 +26,5 @@ time.sleep(5)  # until load balancers have heard
 end = time.monotonic() + float(sys.argv[1]) - 5
 while connected() and time.monotonic() < end:
     time.sleep(1)
+# The shell that is this container's first process passes no signal on, so Ray is stopped from here.
+subprocess.run(["ray", "stop"], check=True)

@@ -99,7 +99,7 @@ capabilities: {drop: [ALL]}
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
-{{/* Whether there is a draft pool: "true" or empty. */}}
+{{/* Whether drafts are wanted: "true" or empty. Their pool may be there without. */}}
 {{- define "dspark.drafts" -}}
 {{- $most := ternary .Values.autoscaling.draft.maxReplicas .Values.draftReplicas .Values.autoscaling.enabled | int -}}
 {{- if and (gt $most 0) (not (has .Values.model.drafter (list "none" "prompt-lookup"))) -}}true{{- end -}}
@@ -122,6 +122,11 @@ most: {{ $n }}
 {{- end -}}
 {{- end -}}
 
+{{/* The pools there are, as a list. */}}
+{{- define "dspark.pools" -}}
+{{- toJson (ternary (list "gateway" "verifier" "draft") (list "gateway" "verifier") .Values.pools.draft.enabled) -}}
+{{- end -}}
+
 {{/* Pods that hold so many replicas. (root, pool): {min, max}, of both of its groups together */}}
 {{- define "dspark.pods" -}}
 {{- $pool := index .root.Values.pools .pool -}}
@@ -131,7 +136,7 @@ most: {{ $n }}
 {{- $most := div (add (int $replicas.most) $each -1) $each -}}
 {{- $min := ternary $least (int $pool.minPods) (kindIs "invalid" $pool.minPods) -}}
 min: {{ $min }}
-max: {{ ternary (max $most $min) (int $pool.maxPods) (kindIs "invalid" $pool.maxPods) }}
+max: {{ ternary (max $most $min 1) (int $pool.maxPods) (kindIs "invalid" $pool.maxPods) }}
 needed: {{ $most }}
 {{- end -}}
 

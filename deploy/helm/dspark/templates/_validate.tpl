@@ -112,6 +112,9 @@ line names the key, what was got and what to do.
 {{- $wrong := list -}}
 {{- $pools := list "gateway" "verifier" -}}
 {{- if include "dspark.drafts" . -}}{{- $pools = append $pools "draft" -}}{{- end -}}
+{{- if and (include "dspark.drafts" .) (not $v.pools.draft.enabled) -}}
+{{- $wrong = append $wrong "pools.draft.enabled is false and drafts are wanted: enable the pool, or set draftReplicas to 0 (with autoscaling, autoscaling.draft.maxReplicas) or model.drafter to prompt-lookup or none" -}}
+{{- end -}}
 {{- range $name := $pools -}}
 {{- $pool := index $v.pools $name -}}
 {{- $key := printf "pools.%s" $name -}}
@@ -226,6 +229,9 @@ line names the key, what was got and what to do.
 {{- end -}}
 {{- if regexMatch "^[a-z]+://[^/]*:[^/@]*@" $v.scheduler.storeUrl -}}
 {{- $wrong = append $wrong "scheduler.storeUrl holds a password, which whoever reads the RayService would see: use redis.mode external with redis.existingSecret" -}}
+{{- end -}}
+{{- if and (eq $v.redis.mode "bundled") (gt (int $v.redis.registryDatabase) 15) -}}
+{{- $wrong = append $wrong (printf "redis.registryDatabase is %d, and the bundled Redis has 0 to 15: choose one of 1 to 15" (int $v.redis.registryDatabase)) -}}
 {{- end -}}
 {{- if and (eq $v.redis.mode "external") (not $v.redis.external.host) -}}
 {{- $wrong = append $wrong "redis.mode is external and redis.external.host is empty: name its host" -}}
