@@ -33,6 +33,12 @@ line names the key, what was got and what to do.
 {{- if gt (len .Release.Name) 63 -}}
 {{- $wrong = append $wrong (printf "the release's name has %d characters, and is a label of 63 at most: choose a shorter one" (len .Release.Name)) -}}
 {{- end -}}
+{{- range $key, $image := merge (pick .Values.image "gateway" "draft" "verifier") (dict "redis.bundled" .Values.redis.bundled.image) -}}
+{{- if and $image.digest (not (regexMatch "^sha256:[0-9a-f]{64}$" $image.digest)) -}}
+{{- $where := ternary "redis.bundled.image" (printf "image.%s" $key) (eq $key "redis.bundled") -}}
+{{- $wrong = append $wrong (printf "%s.digest is %q: write sha256: and 64 hexadecimal digits, as the registry has it" $where $image.digest) -}}
+{{- end -}}
+{{- end -}}
 {{- if semverCompare "<2.56.0-0" .Values.ray.version -}}
 {{- $wrong = append $wrong (printf "ray.version is %s: the service needs 2.56 or newer; name the version that is in the images" .Values.ray.version) -}}
 {{- end -}}
@@ -43,6 +49,12 @@ line names the key, what was got and what to do.
 {{- $v := .Values -}}
 {{- $wrong := list -}}
 {{- $shipped := eq $v.model.target "smollm2-135m" -}}
+{{- if kindIs "bool" $v.engine.policy -}}
+{{- $wrong = append $wrong (printf "engine.policy is %v: YAML reads a bare off so; write \"off\" in quotes (with --set: --set-string)" $v.engine.policy) -}}
+{{- end -}}
+{{- if kindIs "bool" $v.scheduler.kubernetes.enabled -}}
+{{- $wrong = append $wrong (printf "scheduler.kubernetes.enabled is %v: YAML reads a bare on or off so; write it in quotes (with --set: --set-string)" $v.scheduler.kubernetes.enabled) -}}
+{{- end -}}
 {{- if and (include "dspark.drafts" .) (not $v.model.drafter) (not $shipped) -}}
 {{- $wrong = append $wrong (printf "model.drafter is empty, and none is shipped for model.target %q: name one, or set model.drafter to prompt-lookup or none" $v.model.target) -}}
 {{- end -}}
@@ -69,7 +81,11 @@ line names the key, what was got and what to do.
 {{- define "dspark.validate.replicas" -}}
 {{- $v := .Values -}}
 {{- $wrong := list -}}
-{{- range $pool := list "verifier" "draft" -}}
+{{- range $pool, $ours := dict "verifier" (list "pressure" "forecast") "draft" (list "demand") -}}
+{{- $policy := (index $v.autoscaling $pool).policy -}}
+{{- if not (or (has $policy $ours) (regexMatch "^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$" $policy)) -}}
+{{- $wrong = append $wrong (printf "autoscaling.%s.policy is %q: choose %s, or name a class as module:Class" $pool $policy (join " or " $ours)) -}}
+{{- end -}}
 {{- $scaling := index $v.autoscaling $pool -}}
 {{- $count := index $v (printf "%sReplicas" $pool) | int -}}
 {{- if $v.autoscaling.enabled -}}
@@ -200,9 +216,15 @@ line names the key, what was got and what to do.
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- if not (regexMatch "^[0-9]{4,5}-[0-9]{4,5}$" $v.network.replicaPorts) -}}
+{{- $wrong = append $wrong (printf "network.replicaPorts is %q: write a range such as 20000-20099" $v.network.replicaPorts) -}}
+{{- else -}}
 {{- $range := splitList "-" $v.network.replicaPorts -}}
 {{- $first := index $range 0 | int -}}
 {{- $last := index $range 1 | int -}}
+{{- if or (lt $first 1024) (gt $last 32767) -}}
+{{- $wrong = append $wrong (printf "network.replicaPorts is %q: stay within 1024-32767, above which the system draws ports of its own" $v.network.replicaPorts) -}}
+{{- end -}}
 {{- if gt $first $last -}}
 {{- $wrong = append $wrong (printf "network.replicaPorts is %q: write the lower port first" $v.network.replicaPorts) -}}
 {{- end -}}
@@ -215,8 +237,9 @@ line names the key, what was got and what to do.
 {{- $wrong = append $wrong (printf "network.replicaPorts is %q, and 10100-11099 are of Ray's workers: choose others, such as 20000-20099" $v.network.replicaPorts) -}}
 {{- end -}}
 {{- $replicasHere := max (int $v.pools.verifier.replicasPerPod) (int $v.pools.draft.replicasPerPod) -}}
-{{- if lt (add 1 (sub $last $first)) (mul 2 $replicasHere) -}}
+{{- if and (le $first $last) (lt (add 1 (sub $last $first)) (mul 2 $replicasHere)) -}}
 {{- $wrong = append $wrong (printf "network.replicaPorts is %q, and up to %d replicas on a pod, old and new ones side by side, need one each: widen it" $v.network.replicaPorts (mul 2 $replicasHere)) -}}
+{{- end -}}
 {{- end -}}
 {{- toJson (uniq $wrong) -}}
 {{- end -}}
@@ -226,6 +249,12 @@ line names the key, what was got and what to do.
 {{- $wrong := list -}}
 {{- if and (ne $v.redis.mode "none") $v.scheduler.storeUrl -}}
 {{- $wrong = append $wrong (printf "scheduler.storeUrl and redis.mode %s name two registries: leave scheduler.storeUrl empty, or set redis.mode to none" $v.redis.mode) -}}
+{{- end -}}
+{{- if and $v.scheduler.storeUrl (not (regexMatch "^(rediss?://[^/]|unix:///)" $v.scheduler.storeUrl)) -}}
+{{- $wrong = append $wrong "scheduler.storeUrl is no URL of Redis: write redis://host:port/db, rediss://… for TLS, or unix:///path" -}}
+{{- end -}}
+{{- if and (ne $v.redis.mode "none") (eq (int $v.redis.registryDatabase) 0) -}}
+{{- $wrong = append $wrong "redis.registryDatabase is 0, which is Ray's own: choose another, such as 1" -}}
 {{- end -}}
 {{- if regexMatch "^[a-z]+://[^/]*:[^/@]*@" $v.scheduler.storeUrl -}}
 {{- $wrong = append $wrong "scheduler.storeUrl holds a password, which whoever reads the RayService would see: use redis.mode external with redis.existingSecret" -}}
@@ -286,6 +315,11 @@ line names the key, what was got and what to do.
 {{- end -}}
 {{- if and $v.tls.http.existingSecret (not $v.tls.http.enabled) -}}
 {{- $wrong = append $wrong "tls.http.existingSecret is set and tls.http.enabled is false, so it would not be used: enable it, or leave the Secret out" -}}
+{{- end -}}
+{{- range $client, $key := $v.apiKeys.keys -}}
+{{- if lt (len $key) 16 -}}
+{{- $wrong = append $wrong (printf "apiKeys.keys.%s has %d characters: make one of 16 at least (openssl rand -hex 24)" $client (len $key)) -}}
+{{- end -}}
 {{- end -}}
 {{- if and $v.apiKeys.existingSecret $v.apiKeys.keys -}}
 {{- $wrong = append $wrong "apiKeys.existingSecret and apiKeys.keys are both set, and only one is used: leave one out" -}}
