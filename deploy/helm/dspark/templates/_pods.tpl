@@ -30,7 +30,9 @@ spec:
   # The autoscaler beside the head and the schedulers among the gateways ask the API; nobody else does.
   automountServiceAccountToken: {{ $kubernetes }}
   enableServiceLinks: false
-  {{- include "dspark.pullSecrets" $root | nindent 2 }}
+  {{- with include "dspark.pullSecrets" $root | trim }}
+  {{- . | nindent 2 }}
+  {{- end }}
   {{- $class := $v.priorityClassName }}
   {{- if and (not $class) $root.Values.priorityClasses.create }}
   {{- $class = printf "%s-%s" (include "dspark.fullname" $root) (ternary "draft" "serving" (eq $pool "draft")) }}
