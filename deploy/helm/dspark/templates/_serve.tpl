@@ -42,7 +42,7 @@ tls:
 {{- if and (ne .Values.redis.mode "none") (include "dspark.redisSecret" .) -}}
 {{- $_ := set $settings "store_password_file" "/etc/dspark/redis/password" -}}
 {{- end -}}
-{{- if not .Values.scheduler.kubernetes.podSelector -}}
+{{- if not (or .Values.scheduler.kubernetes.podSelector .Values.scheduler.kubernetes.namespace) -}}
 {{- $_ := set $settings.kubernetes "pod_selector" (printf "app.kubernetes.io/name=dspark,app.kubernetes.io/instance=%s" .Release.Name) -}}
 {{- end -}}
 {{- $_ := set $settings "kubernetes_lease" (printf "%s-scheduler" (include "dspark.fullname" .)) -}}

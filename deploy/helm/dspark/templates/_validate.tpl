@@ -110,6 +110,9 @@ line names the key, what was got and what to do.
 {{- if and (gt (int $v.schedulerReplicas) 1) (eq $v.scheduler.leaderElection "store") (not (include "dspark.storeUrl" .)) -}}
 {{- $wrong = append $wrong (printf "schedulerReplicas is %d, and there is nothing to elect one by: set redis.mode, or scheduler.leaderElection to kubernetes" (int $v.schedulerReplicas)) -}}
 {{- end -}}
+{{- if and (eq $v.scheduler.kubernetes.namespace "*") $v.rbac.create (not $v.rbac.nodes) -}}
+{{- $wrong = append $wrong "scheduler.kubernetes.namespace is * and rbac.nodes is false, so that schedulers may not see the pods of other namespaces: set rbac.nodes, or leave the namespace empty" -}}
+{{- end -}}
 {{- if and (eq $v.scheduler.leaderElection "kubernetes") (not $v.rbac.create) (not $v.pools.gateway.serviceAccount.name) -}}
 {{- $wrong = append $wrong "scheduler.leaderElection is kubernetes and rbac.create is false, so schedulers may not hold a Lease: set rbac.create, or name in pools.gateway.serviceAccount.name an account that may get, create and update leases" -}}
 {{- end -}}
