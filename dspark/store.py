@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from dspark.errors import ConfigError, FencedError, UnavailableError
@@ -162,7 +163,12 @@ if redis.call('HGET', KEYS[1], 'holder') == ARGV[1] then redis.call('DEL', KEYS[
 class RedisStore:
     """A store in Redis, under a namespace of ours."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, password_file: str = "") -> None:
+        """`password_file`: read at each connection; the URL must then hold no password.
+
+        Raises ConfigError for a URL that is none, holds a password beside the file, or a file that
+        cannot be read.
+        """
         import redis.asyncio as redis
 
         try:
@@ -178,6 +184,8 @@ class RedisStore:
                 "the store's URL is not one of Redis: write redis://[user:password@]host:port/db, "
                 "rediss://… for TLS, or unix://path"
             ) from error
+        if password_file:
+            _take_password_from(self._client, Path(password_file))
         self._failure = redis.RedisError
 
     async def put(
@@ -254,9 +262,36 @@ class RedisStore:
             raise _unavailable(error) from error
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, password_file: str = "") -> Store:
     """The store that a URL names; an empty one means this process. ConfigError for a bad URL."""
-    return RedisStore(url) if url else MemoryStore()
+    return RedisStore(url, password_file) if url else MemoryStore()
+
+
+def _take_password_from(client: Any, path: Path) -> None:
+    """Have a client's connections authenticate by the file, as it is when each is made."""
+    from redis.credentials import CredentialProvider
+
+    settings = client.connection_pool.connection_kwargs
+    if settings.pop("password", None):
+        raise ConfigError(
+            f"the store's URL holds a password, and so does {path}: take it out of the URL"
+        )
+    user = settings.pop("username", None)
+
+    class PasswordFile(CredentialProvider):
+        def get_credentials(self) -> Any:  # bytes will do, whatever redis says
+            # What ends a file is no part of a password; what is within it may be.
+            password = path.read_bytes().rstrip(b"\r\n")
+            return (user, password) if user else (password,)
+
+    provider = PasswordFile()
+    try:
+        provider.get_credentials()
+    except OSError as error:
+        raise ConfigError(
+            f"the store's password cannot be read from {path}: {type(error).__name__}"
+        ) from error
+    settings["credential_provider"] = provider
 
 
 def _lease_key(lease: str) -> str:

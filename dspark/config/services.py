@@ -39,6 +39,9 @@ class SchedulerConfig:
     heartbeat_s: float = 1.0
     lease_s: float = 5.0  # a replica silent for this long is gone
     store_url: str = ""  # redis://… ; empty: in this process
+    # A file with the store's password, read at each connection: a settings file that many may read
+    # need not hold it, and it may change.
+    store_password_file: str = ""
     # A verifier whose measured throughput is this far from the predicted, as |log ratio|, is warned
     # of; 0: never.
     throughput_alarm: float = 0.25
@@ -49,6 +52,11 @@ class SchedulerConfig:
     kubernetes_namespace: str = ""  # empty: the pod's own
 
     def __post_init__(self) -> None:
+        if self.store_password_file and not self.store_url:
+            raise ConfigError(
+                f"store_password_file is {self.store_password_file!r}, but there is no store_url "
+                "that it would open: set both, or neither"
+            )
         between(self, 0.0, math.inf, "throughput_alarm")
         for name in ("heartbeat_s", "lease_s", "leader_lease_s"):
             if not 0 < getattr(self, name) < math.inf:  # also refuses NaN

@@ -36,7 +36,9 @@ class SchedulerService:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._clock = config, clock
-        self._store = store or open_store(config.scheduler.store_url)
+        self._store = store or open_store(
+            config.scheduler.store_url, config.scheduler.store_password_file
+        )
         self._leadership = Leadership(
             _election(config.scheduler, self._store),
             config.scheduler.leader_lease_s,

@@ -50,6 +50,7 @@ def test_settings_nest(tmp_path: Path) -> None:
         ({"autoscaling": {"enabled": True}, "draft_replicas": 0}, "autoscaling.draft.min"),
         ({"scheduler_replicas": 0}, "scheduler_replicas"),
         ({"scheduler_replicas": 2}, "store_url"),
+        ({"scheduler": {"store_password_file": "/p"}}, "store_password_file"),
         ({"scheduler": {"leader_election": "dice"}}, "dice"),
         ({"scheduler": {"leader_lease_s": 0.0}}, "leader_lease_s"),
         ({"scheduler": {"lease_s": float("nan")}}, "lease_s"),

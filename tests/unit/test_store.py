@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis.asyncio as redis
 from helpers.redis_server import RedisServer, running_redis
 
 from dspark.errors import ConfigError, UnavailableError
@@ -106,3 +107,42 @@ def test_a_bad_url_is_refused_without_showing_it() -> None:
     with pytest.raises(ConfigError, match="redis://") as caught:
         open_store("http://user:secret@host:1")
     assert "secret" not in str(caught.value)
+
+
+async def test_the_password_is_that_of_the_file_at_each_connection(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    secret = tmp_path / "password"
+    admin = redis.Redis.from_url(server.url)
+    await admin.config_set("requirepass", "first pass")
+    secret.write_text("first pass\n")
+    kept = RedisStore(server.url, str(secret))
+    named = RedisStore(server.url.replace("://", "://default@"), str(secret))
+    await kept.put("a", b"1")
+    assert await named.list("a") == {"a": b"1"}
+    without = RedisStore(server.url)
+    with pytest.raises(UnavailableError):
+        await without.list("a")
+    await without.close()
+
+    await admin.config_set("requirepass", "second")
+    await admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    with pytest.raises(UnavailableError):
+        await kept.list("a")
+    secret.write_text("second")
+    assert await kept.list("a") == {"a": b"1"}
+    await admin.config_set("requirepass", "")
+    await kept.close()
+    await named.close()
+    await admin.aclose()
+
+
+def test_a_password_has_one_place_and_stays_out_of_messages(tmp_path: Path) -> None:
+    secret = tmp_path / "password"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        RedisStore("redis://127.0.0.1:1", str(secret))
+    secret.write_text("hush")
+    with pytest.raises(ConfigError, match="take it out of the URL") as raised:
+        RedisStore("redis://u:loud@127.0.0.1:1", str(secret))
+    assert "hush" not in str(raised.value)
+    assert "loud" not in str(raised.value)
