@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+from click.testing import Result
 from helpers.certificates import (
     Authority,
     Issued,
@@ -22,7 +24,9 @@ from helpers.draft_services import TARGET, WEIGHTS, draft_service
 from helpers.fake_services import FakeVerifier, Oracle
 from helpers.live_cluster import live_cluster
 from helpers.tiny import Tally, run, tiny_drafter, tiny_engine, tiny_target
+from typer.testing import CliRunner
 
+from dspark.cli.main import app
 from dspark.config import ServeConfig
 from dspark.errors import ConfigError
 from dspark.pb import scheduler_pb2 as sp
@@ -285,6 +289,16 @@ async def test_a_certificate_that_expires_in_use_keeps_streams_and_admits_no_mor
         await before.close()
 
 
+def options_of(secret: ServiceSecret) -> list[str]:
+    files = {"--tls-ca": "ca_crt", "--tls-cert": "tls_crt", "--tls-key": "tls_key"}
+    return [word for option, name in files.items() for word in (option, secret.path(name))]
+
+
+async def explained(scheduler: str, *options: str) -> Result:
+    arguments = ["plan", "explain", "--scheduler", scheduler, "--json", *options]
+    return await asyncio.to_thread(CliRunner().invoke, app, arguments)
+
+
 # -- the whole of it -------------------------------------------------------------------------------
 
 
@@ -337,7 +351,15 @@ async def test_generation_and_its_tools_work_with_all_of_it_encrypted(
 
         shared = SharedStepTimes(locate, transport=transport)
         assert await asyncio.to_thread(shared.get, "0" * 64) is None
+        told = await explained(cluster.scheduler, *options_of(secret))
+        blind = await explained(cluster.scheduler)
+        half = await explained(cluster.scheduler, *options_of(secret)[:2])
         await verifier.leave(0)
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)[0]["verifier"] == verifier.incarnation
+    assert blind.exit_code == 1
+    assert "no scheduler answers" in blind.output
+    assert "go together" in half.output
     fresh = tiny_target()
     assert got == run(tiny_engine(fresh, tiny_drafter(fresh)), REQUESTS).tokens
     assert len(steps) == 2
