@@ -6,11 +6,13 @@ SHELL := bash
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 ARGS ?=
 MODEL := smollm2-135m
+WHEELS ?=
+CYCLONEDX := 7.5.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .PHONY: help venv model check check-format check-lint check-types check-protos format protos \
-        test demo lock wheel clean
+        test demo lock wheel image-locks image-check sbom clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +82,25 @@ wheel: $(INSTALLED) ## Build dist/*.whl
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --no-isolation
 	rm -rf build
+
+# Hashes are of wheels for CPython 3.11 on Linux x86-64. WHEELS names a folder with torch's CPU wheel,
+# for machines that do not reach PyTorch's own index.
+image-locks: $(INSTALLED) ## Resolve deploy/docker/requirements-*.txt anew from constraints.txt
+	$(BIN)/python scripts/lock_images.py $(if $(WHEELS),--find-links $(WHEELS))
+
+image-check: wheel ## Run the CPU image's install steps in a clean environment (minutes, 3 GB)
+	$(BIN)/python scripts/image_check.py $(if $(WHEELS),--find-links $(WHEELS))
+
+# An environment of its own: what writes the list has two dozen dependencies of its own.
+sbom: ## Write dist/sbom-*.cdx.json, CycloneDX lists of what the images install, from their locks
+	@$(PYTHON) -m venv .venv/sbom
+	@.venv/sbom/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom==$(CYCLONEDX)
+	@mkdir -p dist
+	@for name in cpu gpu; do \
+	  .venv/sbom/bin/cyclonedx-py requirements deploy/docker/requirements-$$name.txt \
+	    --pyproject pyproject.toml --mc-type application --output-reproducible \
+	    --output-file dist/sbom-$$name.cdx.json; done; \
+	ls dist/sbom-*.cdx.json
 
 clean: ## Delete build products and caches (.venv and the model cache stay)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,11 +8,13 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import typer
 
-from dspark.cli.console import out
+from dspark.cli.console import out, reported_errors
+from dspark.cli.kube_doctor.command import Options, run
 from dspark.errors import DSparkError
 
 _PACKAGES = ("ray", "torch", "transformers", "grpcio", "protobuf", "redis")
@@ -35,8 +37,41 @@ def doctor(
     http_port: int = typer.Option(8000, help="Port to be used for HTTP."),
     grpc_port: int = typer.Option(50051, help="Port to be used for gRPC."),
     store_url: str = typer.Option("", help="Redis to be used, if any."),
+    kube: bool = typer.Option(False, "--kube", help="Check a Kubernetes cluster instead."),
+    values: list[Path] = typer.Option([], help="--kube: values of the chart; helm renders them."),
+    manifests: str = typer.Option("", help="--kube: output of `helm template`; -: from stdin."),
+    chart: Path | None = typer.Option(None, help="--kube: the chart, if it is not beside."),
+    release: str = typer.Option("", help="--kube: look at this release, after its install."),
+    namespace: str = typer.Option("", "--namespace", "-n", help="--kube: default: the context's."),
+    kubeconfig: str = typer.Option("", help="--kube: default: as kubectl finds it."),
+    context: str = typer.Option("", help="--kube: default: the kubeconfig's current one."),
+    nodes_from_zero: bool = typer.Option(
+        False, "--nodes-from-zero", help="--kube: nodes come when pods wait for them."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="--kube: as JSON."),
 ) -> None:
-    """Check versions, processor, memory, disk, ports, models and Redis. Status 1 if any fails."""
+    """Check versions, processor, memory, disk, ports, models and Redis. Status 1 if any fails.
+
+    With --kube: is a cluster ready for the chart, or, with --release, what of it is not healthy.
+    """
+    cluster = Options(
+        values=values,
+        manifests=manifests,
+        chart=chart,
+        release=release,
+        namespace=namespace,
+        kubeconfig=kubeconfig,
+        context=context,
+        from_zero=nodes_from_zero,
+        as_json=as_json,
+    )
+    if kube:
+        with reported_errors():
+            if not run(replace(cluster, store_url=store_url), out):
+                raise typer.Exit(1)
+        return
+    if cluster != Options():
+        raise typer.BadParameter("an option that was given is for --kube: add it")
     checks: list[Callable[[], Iterator[Finding]]] = [
         _versions,
         _machine,

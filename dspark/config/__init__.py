@@ -9,7 +9,12 @@ from dspark.config.engine import (
     ModelConfig,
     ServiceClass,
 )
-from dspark.config.environment import cache_folder, cpu_operators, kernels_wanted
+from dspark.config.environment import (
+    cache_folder,
+    cpu_operators,
+    cpu_operators_folder,
+    kernels_wanted,
+)
 from dspark.config.network import ClientTls, NetworkConfig, ServiceTls
 from dspark.config.reading import build, read_settings
 from dspark.config.scaling import AutoscalingConfig, DraftScaling, VerifierScaling
@@ -41,6 +46,7 @@ __all__ = [
     "build",
     "cache_folder",
     "cpu_operators",
+    "cpu_operators_folder",
     "kernels_wanted",
     "read_settings",
 ]

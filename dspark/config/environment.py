@@ -25,6 +25,12 @@ def cpu_operators() -> str:
     return wanted
 
 
+def cpu_operators_folder() -> Path | None:
+    """$DSPARK_CPU_OPERATORS_FOLDER: of operators built beforehand, as images bring them."""
+    explicit = os.environ.get("DSPARK_CPU_OPERATORS_FOLDER")
+    return Path(explicit) if explicit else None
+
+
 def kernels_wanted() -> str:
     """$DSPARK_KERNELS: auto (default: by device), triton, or reference for torch alone."""
     wanted = os.environ.get("DSPARK_KERNELS", "auto")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  (its OpenMP must be loaded before ours)
 
-from dspark.config import cache_folder, cpu_operators
+from dspark.config import cache_folder, cpu_operators, cpu_operators_folder
 
 log = logging.getLogger(__name__)
 
@@ -86,17 +86,45 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _built(instructions: str) -> Path:
-    """Path of the library for these sources, these flags and this compiler."""
+def prebuild(folder: Path) -> list[Path]:
+    """Build for every instruction set, on whatever machine; $DSPARK_CPU_OPERATORS_FOLDER then names
+    the folder, and no compiler is needed. OSError and SubprocessError as they come.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for instructions in _SETS:
+        path = folder / _name(instructions)
+        _run([_compiler(), *_flags(instructions), str(_SOURCE), "-o", str(path)])
+        made.append(path)
+    return made
+
+
+def _name(instructions: str, compiler_version: str = "") -> str:
+    """Of the library for these sources, these flags and this compiler."""
+    sources = [path.read_bytes() for path in sorted((*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")))]
+    facts = repr((sources, _flags(instructions), compiler_version)).encode()
+    return f"{hashlib.sha256(facts).hexdigest()[:16]}.so"
+
+
+def _flags(instructions: str) -> tuple[str, ...]:
+    return (*_FLAGS, *_SETS[instructions][1])
+
+
+def _compiler() -> str:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise OSError("there is no C++ compiler (install g++, or name one in CXX)")
-    version = _run([compiler, "--version"])
-    flags = (*_FLAGS, *_SETS[instructions][1])
-    sources = [path.read_bytes() for path in sorted((*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")))]
-    facts = repr((sources, flags, version)).encode()
+    return compiler
+
+
+def _built(instructions: str) -> Path:
+    if (prebuilt := cpu_operators_folder()) is not None:
+        if (path := prebuilt / _name(instructions)).exists():
+            return path
+        log.warning("%s holds no operators of this version: building them", prebuilt)
+    compiler = _compiler()
     folder = cache_folder() / "operators"
-    path = folder / f"{hashlib.sha256(facts).hexdigest()[:16]}.so"
+    path = folder / _name(instructions, _run([compiler, "--version"]))
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +133,7 @@ def _built(instructions: str) -> Path:
         if not path.exists():
             log.warning("building the CPU operators, once: some seconds …")
             partial = path.with_suffix(".partial")
-            _run([compiler, *flags, str(_SOURCE), "-o", str(partial)])
+            _run([compiler, *_flags(instructions), str(_SOURCE), "-o", str(partial)])
             partial.replace(path)
     return path
 

@@ -1,0 +1,1 @@
+"""`dspark doctor --kube`: is this cluster ready for the chart, and is what it made healthy."""
