@@ -21,6 +21,7 @@ from pathlib import Path
 import torch  # noqa: F401  (its OpenMP must be loaded before ours)
 
 from dspark.config import cache_folder, cpu_operators, cpu_operators_folder
+from dspark.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -86,13 +87,17 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def prebuild(folder: Path) -> list[Path]:
-    """Build for every instruction set, on whatever machine; $DSPARK_CPU_OPERATORS_FOLDER then names
-    the folder, and no compiler is needed. OSError and SubprocessError as they come.
+def prebuild(folder: Path, *sets: str) -> list[Path]:
+    """Build for these instruction sets (default: all), on whatever machine.
+
+    $DSPARK_CPU_OPERATORS_FOLDER then names the folder, and no compiler is needed. OSError and
+    SubprocessError as they come.
     """
+    if unknown := set(sets) - set(_SETS):
+        raise ConfigError(f"no operators for {', '.join(unknown)}: there are {', '.join(_SETS)}")
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    for instructions in _SETS:
+    for instructions in sets or _SETS:
         path = folder / _name(instructions)
         _run([_compiler(), *_flags(instructions), str(_SOURCE), "-o", str(path)])
         made.append(path)
