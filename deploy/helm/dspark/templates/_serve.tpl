@@ -60,13 +60,21 @@ engine: [policy, block_size, draft_by_request, classes, max_waiting, max_queue_s
 draft: [max_batch_works, max_streams]
 {{- end -}}
 
-{{/* Replicas of the pool by number or by policy. (root, pool) */}}
-{{- define "dspark.settings.replicas" -}}
-{{- if .root.Values.autoscaling.enabled -}}
+{{/* The policies that decide on a pool's replicas, if they do. */}}
+{{- define "dspark.settings.autoscaling" -}}
+{{- if .Values.autoscaling.enabled -}}
 autoscaling:
-  {{- include "dspark.snake" .root.Values.autoscaling | nindent 2 }}
-{{- else -}}
-{{ .pool }}_replicas: {{ index .root.Values (printf "%sReplicas" .pool) | int }}
+  {{- include "dspark.snake" .Values.autoscaling | nindent 2 }}
+{{- end -}}
+{{- end -}}
+
+{{/*
+Replicas by number. An option of the deployment, not of args: so more of them join those that are
+there, which a change of args would begin anew. (root, pool)
+*/}}
+{{- define "dspark.numReplicas" -}}
+{{- if not .root.Values.autoscaling.enabled -}}
+num_replicas: {{ index .root.Values (printf "%sReplicas" .pool) | int }}
 {{- end -}}
 {{- end -}}
 
@@ -146,9 +154,14 @@ applications:
         {{- include "dspark.settings.model" . | nindent 8 }}
       draft:
         {{- toYaml $draftArgs | nindent 8 }}
-      {{- include "dspark.settings.replicas" (dict "root" . "pool" "draft") | nindent 6 }}
+      {{- with include "dspark.settings.autoscaling" . }}
+      {{- . | nindent 6 }}
+      {{- end }}
     deployments:
       - name: draft
+        {{- with include "dspark.numReplicas" (dict "root" . "pool" "draft") }}
+        {{- . | nindent 8 }}
+        {{- end }}
         max_replicas_per_node: {{ .Values.pools.draft.replicasPerPod | int }}
         ray_actor_options:
           {{- include "dspark.placement" (dict "pool" "draft" "cpus" .Values.pools.draft.replica.cpus "values" .Values.pools.draft) | nindent 10 }}
@@ -168,9 +181,14 @@ applications:
         {{- include "dspark.settings.model" . | nindent 8 }}
       engine:
         {{- toYaml $engineArgs | nindent 8 }}
-      {{- include "dspark.settings.replicas" (dict "root" . "pool" "verifier") | nindent 6 }}
+      {{- with include "dspark.settings.autoscaling" . }}
+      {{- . | nindent 6 }}
+      {{- end }}
     deployments:
       - name: verifier
+        {{- with include "dspark.numReplicas" (dict "root" . "pool" "verifier") }}
+        {{- . | nindent 8 }}
+        {{- end }}
         max_replicas_per_node: {{ .Values.pools.verifier.replicasPerPod | int }}
         ray_actor_options:
           {{- include "dspark.placement" (dict "pool" "verifier" "cpus" .Values.pools.verifier.replica.cpus "values" .Values.pools.verifier) | nindent 10 }}
@@ -205,9 +223,9 @@ applications:
         {{- if include "dspark.apiKeysSecret" . }}
         api_keys_folder: /etc/dspark/keys
         {{- end }}
-      gateway_replicas: {{ .Values.gatewayReplicas | int }}
     deployments:
       - name: gateway
+        num_replicas: {{ .Values.gatewayReplicas | int }}
         max_replicas_per_node: 1
         ray_actor_options:
           {{- include "dspark.placement" (dict "pool" "gateway" "cpus" .Values.pools.gateway.replica.cpus) | nindent 10 }}
