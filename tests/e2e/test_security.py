@@ -13,6 +13,7 @@ import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from helpers.certificates import Authority, Secret, ServiceSecret
 from helpers.ports import free_ports
+from helpers.tiny import save_models
 from typer.testing import CliRunner
 
 from dspark.cli.local_cluster import LocalCluster
@@ -25,7 +26,6 @@ from dspark.config import (
     NetworkConfig,
     ServeConfig,
 )
-from dspark.models.builtin import BUILTIN
 from dspark.rpc.client import GatewayTls, InferenceClient, chat_request
 from dspark.rpc.explaining import describe
 from dspark.rpc.transport import open_transport
@@ -47,6 +47,10 @@ class Closed:
     authority: Path  # of the public listener
 
     @property
+    def model(self) -> str:
+        return self.cluster.config.model.target
+
+    @property
     def tls(self) -> GatewayTls:
         return GatewayTls(str(self.authority), name=NAME)
 
@@ -62,8 +66,9 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Closed]:
     authority = folder / "authority.pem"
     authority.write_bytes(outer.pem)
     http_port, grpc_port = free_ports(2)
+    target, drafter = save_models(folder / "models")
     config = ServeConfig(
-        model=ModelConfig(target=BUILTIN, dtype="float32"),
+        model=ModelConfig(str(target), str(drafter), dtype="float32", threads=1),
         engine=EngineConfig(policy="fixed", max_requests=8, cache_tokens=8192, prompt_lookup=False),
         gateway=GatewayConfig(
             http_port=http_port,
@@ -78,7 +83,9 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Closed]:
 
 
 def test_an_answer_is_drafted_for_behind_tls_and_a_key(closed: Closed) -> None:
-    request = chat_request(BUILTIN, [("user", "Name the seasons.")], max_tokens=40, temperature=0.0)
+    request = chat_request(
+        closed.model, [("user", "Name the seasons.")], max_tokens=40, temperature=0.0
+    )
     with InferenceClient(closed.cluster.grpc_address, closed.tls, KEY) as client:
         for _ in range(ROUNDS):
             *_, last = client.generate(request)
@@ -88,7 +95,7 @@ def test_an_answer_is_drafted_for_behind_tls_and_a_key(closed: Closed) -> None:
 
 
 def test_http_asks_for_the_key(closed: Closed) -> None:
-    body = {"model": BUILTIN, "prompt": "One, two,", "max_tokens": 4}
+    body = {"model": closed.model, "prompt": "One, two,", "max_tokens": 4}
     url = f"{closed.cluster.http_url}/v1/completions"
     assert httpx.post(url, json=body, timeout=60).status_code == 401
     answer = httpx.post(url, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
