@@ -34,16 +34,16 @@ kubectl -n dspark wait rayservice/dspark --for=condition=Ready --timeout=15m
 helm test dspark -n dspark
 ```
 
-`values-trial.yaml` needs no GPU. `values-l4-h100.yaml` has drafts on L4s and verifiers on H100s, and
-`values-production.yaml`, given after a profile of hardware, switches on what users should be behind.
-An unknown key, or a combination that cannot work, is refused before anything is installed, and the
-message names the key and the remedy.
+`values-trial.yaml` needs no GPU. `values-l4-h100.yaml` has drafts on L4s and verifiers on H100s.
+`values-production.yaml`, given after a profile of hardware, switches on what users should be
+behind. An unknown key, or a combination that cannot work, is refused before anything is installed,
+and the message names the key and the remedy.
 
-Keys from `model` to `network` and the four replica counts are tuned in place. What else changes pods
-makes a second Ray cluster beside the first until it answers.
+Keys from `model` to `network` and the four replica counts are tuned in place. What else changes
+pods makes a second Ray cluster beside the first until it answers.
 
-`make chart-check` lints the chart and checks what it renders. This page is written by `make chart-docs`
-from the comments of `values.yaml`.
+`make chart-check` lints the chart and checks what it renders. This page is written by
+`make chart-docs` from the comments of `values.yaml`.
 """
 
 

