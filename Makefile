@@ -12,7 +12,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .PHONY: help venv model check check-format check-lint check-types check-protos format protos \
-        test demo lock wheel image-locks image-check sbom clean
+        chart-tools chart-check chart-docs test demo lock wheel image-locks image-check sbom clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,7 +59,17 @@ format: $(INSTALLED) ## Format the code and apply the safe lint fixes
 protos: $(INSTALLED) ## Regenerate dspark/pb from protos/
 	$(BIN)/python scripts/gen_protos.py
 
-test: model ## Run the tests (ARGS='-k gateway' goes to pytest)
+chart-tools: $(INSTALLED) ## Fetch the helm that the chart's checks run into .tools/
+	@$(BIN)/python scripts/chart_tools.py
+
+chart-check: chart-tools ## Lint the Helm chart and check everything that it renders
+	$(BIN)/python scripts/chart_docs.py --check
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 2 --dist loadgroup tests/chart
+
+chart-docs: $(INSTALLED) ## Rewrite docs/helm.md from the chart's values.yaml
+	$(BIN)/python scripts/chart_docs.py
+
+test: model chart-tools ## Run the tests (ARGS='-k gateway' goes to pytest)
 	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadgroup $(ARGS)
 
 demo: model ## Run examples/demo.py: the four services on this machine
