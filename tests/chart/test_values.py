@@ -24,8 +24,8 @@ from helpers.chart import (
 )
 
 WIDE = {"modelCache": {"pvc": {"accessModes": ["ReadWriteMany"]}}}
-GPUS = {"replica": {"gpus": 1}, "gpu": {"count": 2}, "resources": {
-    "requests": {"cpu": "8", "memory": "8Gi"}, "limits": {"cpu": "8", "memory": "8Gi"}}}  # fmt: skip
+BIG = {part: {"cpu": "8", "memory": "8Gi"} for part in ("requests", "limits")}
+GPUS = {"replica": {"gpus": 1}, "gpu": {"count": 2}, "resources": BIG}
 
 
 def switched(**positions: str) -> dict[str, Any]:

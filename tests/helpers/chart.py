@@ -130,8 +130,6 @@ def leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
         inner = f"{path}.{key}" if path else key
         if isinstance(value, Mapping) and value and key not in ("resources", "labels"):
             yield from leaves(value, inner)
-        elif isinstance(value, Mapping) and key == "labels" and "requests" in value:
-            yield from leaves(value, inner)
         else:
             yield inner, value
 
@@ -358,7 +356,7 @@ SWITCHES: dict[str, dict[str, dict[str, Any]]] = {
             "commonAnnotations": {"example.com/a": "b"},
             "priorityClasses": {"create": True},
             "image": {"registry": "r.example/x", "pullSecrets": [{"name": "s"}]},
-            "pools": {pool: _EXTRA for pool in ("head", "gateway", "draft", "verifier")},
+            "pools": dict.fromkeys(("head", "gateway", "draft", "verifier"), _EXTRA),
             "ray": {"tokenAuth": False, "upgradeStrategy": "None"},
         },
     },
@@ -377,7 +375,7 @@ Position = tuple[str, str]
 
 @cache
 def grid() -> dict[str, tuple[Position, ...]]:
-    """Rows in which every two positions of different switches that go together meet at least once."""
+    """Rows in which every two positions of different switches that go together meet once."""
     switches = {name: [(name, level) for level in levels] for name, levels in SWITCHES.items()}
     wanted = {
         frozenset(pair)
@@ -388,7 +386,7 @@ def grid() -> dict[str, tuple[Position, ...]]:
     rows: dict[str, tuple[Position, ...]] = {}
     while wanted:
         seed = min(wanted, key=sorted)
-        row = list(sorted(seed))
+        row = sorted(seed)
         for name, positions in switches.items():
             if any(name == taken for taken, _ in row):
                 continue

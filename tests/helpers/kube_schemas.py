@@ -13,6 +13,8 @@ import kubernetes_validate
 
 SCHEMAS = Path(__file__).resolve().parents[1] / "chart" / "schemas"
 VERSIONS = ("1.33", "1.35", "1.36")
+# It reads megabytes of definitions anew for each object: read them once.
+kubernetes_validate.utils.schema_contents = cache(kubernetes_validate.utils.schema_contents)
 
 
 @cache
