@@ -77,25 +77,32 @@ def profile_steps(
 ) -> StepTimeTable:
     """Time real steps; calls `on_progress(done, total)`.
 
-    All cells are measured in turn, several times, so that a machine whose speed drifts bends the
-    table as little as can be. On one so slow or busy that this takes long, the largest are left
-    out.
+    Before each step one of a row a request is timed, and it is held against that: where a
+    machine's speed moves from one moment to the next, both move. All cells are measured in turn,
+    several times. On a machine so slow or busy that this takes long, the largest are left out.
     """
-    samples: dict[Cell, list[float]] = {}
+    plain_ms: dict[tuple[int, int], list[float]] = {}  # of one row, by requests and context
+    ratios: dict[Cell, list[float]] = {}  # over the one before
     operators.spread_threads()
     started = time.perf_counter()
     total = len(grid.cells) * (1 + _PASSES)
     for done, cell in enumerate(grid.cells * (1 + _PASSES)):
+        requests, rows, context = cell
         late = time.perf_counter() - started > _BUDGET_S
         warming_up = done < len(grid.cells)
-        measured = {requests for requests, _, _ in samples}
-        if late and (not warming_up or (cell[0] not in measured and len(measured) >= 2)):
+        measured = {known for known, _, _ in ratios}
+        if late and (not warming_up or (requests not in measured and len(measured) >= 2)):
             break
-        samples.setdefault(cell, []).append(_step_ms(target, kv, cell))
+        plain = _step_ms(target, kv, (requests, 1, context))
+        took = plain if rows == 1 else _step_ms(target, kv, cell)
+        plain_ms.setdefault((requests, context), []).append(plain)
+        ratios.setdefault(cell, []).append(took / plain)
         on_progress(done + 1, total)
-    complete = min(map(len, samples.values()))
+    warm = min(1, min(map(len, ratios.values())) - 1)  # the first pass, if there was a second
+    # Of so many the least is the same machine's for all; at which speed it runs is seen later on.
+    least_ms = {of: min(times[warm * len(grid.rows) :]) for of, times in plain_ms.items()}
     return StepTimeTable.from_samples(
-        {cell: times[min(1, complete - 1) :] for cell, times in samples.items()},
+        {(r, q, c): [least_ms[r, c] * median(times[warm:])] for (r, q, c), times in ratios.items()},
         padded=_sizes(target, grid),
         fingerprint=fingerprint,
     )

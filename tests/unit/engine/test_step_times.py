@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from helpers.tiny import hf_model, save_models, tiny_engine, tiny_target
 
 from dspark.config import EngineConfig, ModelConfig
+from dspark.engine import profiling
 from dspark.engine import step_times as module
 from dspark.engine.assembly import load_target, make_verifier
 from dspark.engine.profiling import Grid, profile_steps
@@ -196,6 +198,27 @@ def test_padded_steps_are_measured_at_their_sizes() -> None:
     assert {r * q for r, q, _ in grid.cells} <= set(table.padded)
     assert table.ms(1, 5, 64) == table.ms(1, 8, 64)
     assert not profile_steps(TARGET, tiny_engine(TARGET).kv, GRID).padded
+
+
+def test_a_machine_that_doubles_its_speed_for_a_while_bends_no_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fast for so many steps, then slow for as many, in which a pass over the cells never fits."""
+    grid = Grid((1, 2, 4), (1, 2, 4, 8), (16, 64))
+    steps = itertools.count()
+
+    def step_ms(target: object, kv: object, cell: tuple[int, int, int]) -> float:
+        requests, rows, context = cell
+        return (10.0 + requests * rows + 0.01 * context) * (1 + next(steps) // 23 % 2)
+
+    monkeypatch.setattr(profiling, "_step_ms", step_ms)
+    table = profile_steps(TARGET, tiny_engine(TARGET).kv, grid)
+    for requests, rows, context in grid.cells:
+        measured = table.ms(requests, requests * rows, context) / table.ms(
+            requests, requests, context
+        )
+        true = (10.0 + requests * rows + 0.01 * context) / (10.0 + requests + 0.01 * context)
+        assert measured == pytest.approx(true, rel=0.01)
 
 
 def test_more_requests_than_the_cache_has_room_for_can_be_measured() -> None:
