@@ -24,6 +24,7 @@ settings.load_profile("dspark")
 _OF_PROCESSES = ("e2e", "services", "unit/training/test_job.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With pytest-xdist, whose workers share out groups: a group each file, the above one."""
     tests = Path(__file__).parent
