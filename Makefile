@@ -64,13 +64,13 @@ chart-tools: $(INSTALLED) ## Fetch the helm that the chart's checks run into .to
 
 chart-check: chart-tools ## Lint the Helm chart and check everything that it renders
 	$(BIN)/python scripts/chart_docs.py --check
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 2 --dist loadgroup tests/chart
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 2 tests/chart
 
 chart-docs: $(INSTALLED) ## Rewrite docs/helm.md from the chart's values.yaml
 	$(BIN)/python scripts/chart_docs.py
 
 test: model chart-tools ## Run the tests (ARGS='-k gateway' goes to pytest)
-	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadgroup $(ARGS)
+	$(BIN)/pytest -n logical --maxprocesses 4 $(ARGS)
 
 demo: model ## Run examples/demo.py: the four services on this machine
 	$(BIN)/python examples/demo.py $(ARGS)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,14 +23,17 @@ settings.load_profile("dspark")
 _OF_PROCESSES = ("e2e", "services", "unit/training/test_job.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With pytest-xdist, whose workers share out groups: a group each file, the above one."""
-    tests = Path(__file__).parent
-    for item in items:
-        path = item.path.relative_to(tests).as_posix()
-        group = "processes" if path.startswith(_OF_PROCESSES) else path
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With pytest-xdist, whole files go to its workers, and those above to one of them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # xdist is untyped
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0].removeprefix("tests/")
+            return "processes" if path.startswith(_OF_PROCESSES) else path
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
