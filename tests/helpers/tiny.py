@@ -276,6 +276,7 @@ def random_plan(budgets: random.Random) -> StepPlan:
         block_size=budgets.randint(0, 4),
         max_draft_tokens=budgets.choice([0, 1, 3, 7, 30, 100]),
         draft_by_request=budgets.random() < 0.5,
+        valid_for_s=3600.0,  # what lapses by the clock hangs on how busy the machine is
     )
 
 
