@@ -44,6 +44,19 @@ class Application:
         except ConfigError as error:
             raise ConfigError(f"args of the application {self.name!r}: {error}") from error
 
+    def deployed(self, args: object) -> ServeConfig:
+        """The same for Serve's task that builds an application.
+
+        RayServeException instead: Serve takes that as final, and makes four attempts, a new process
+        each, after any other.
+        """
+        from ray.serve.exceptions import RayServeException  # a check of settings needs no Ray
+
+        try:
+            return self.configured(args)
+        except ConfigError as error:
+            raise RayServeException(str(error)) from error
+
     def changed(self, config: ServeConfig, user_config: object) -> ServeConfig:
         """`config`, as it was at the start, with what `user_config` changes.
 

@@ -68,5 +68,5 @@ def deployment(config: ServeConfig) -> Any:
 
 
 def build(args: dict[str, Any]) -> Any:
-    """The Serve application of a config file; ConfigError if `args` are not its settings."""
-    return deployment(GATEWAY.configured(args))
+    """The Serve application of a config file; RayServeException if `args` are not its settings."""
+    return deployment(GATEWAY.deployed(args))

@@ -59,5 +59,5 @@ def deployment(config: ServeConfig) -> Any:
 
 
 def build(args: dict[str, Any]) -> Any:
-    """The Serve application of a config file; ConfigError if `args` are not its settings."""
-    return deployment(SCHEDULER.configured(args))
+    """The Serve application of a config file; RayServeException if `args` are not its settings."""
+    return deployment(SCHEDULER.deployed(args))

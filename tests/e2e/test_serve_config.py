@@ -290,6 +290,7 @@ def test_args_that_are_refused_are_told_and_what_runs_goes_on(deployed: Deployed
     cluster.deploy(config)
     cluster.await_status("DEPLOY_FAILED", "verifier")
     message = cluster.application("verifier")["message"]
+    assert message.startswith("args of the application 'verifier': ")
     assert "EngineConfig has no setting 'max_request'" in message
     assert deployed.drafted()
     deployed.deploy()

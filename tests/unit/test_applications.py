@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import pytest
+from ray.serve.exceptions import RayServeException
 
 from dspark.applications import (
     APPLICATIONS,
@@ -45,7 +46,9 @@ def test_every_application_is_built_of_plain_data(role: Application) -> None:
     (config,) = deployment.init_args
     assert config == ServeConfig(scheduler=config.scheduler)
     assert config.scheduler.heartbeat_s == 0.5
-    with pytest.raises(ConfigError, match=f"'{role.name}' hold 'scheduling', which it does not"):
+    with pytest.raises(
+        RayServeException, match=f"'{role.name}' hold 'scheduling', which it does not"
+    ):
         APPS[role.name].build({"scheduling": {}})
 
 
