@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dspark.errors import InvalidRequestError
+from dspark.errors import InvalidRequestError, ProtocolError
 from dspark.pb import common_pb2, verifier_pb2
 from dspark.types import FinishReason, Request, SamplingParams, VerificationResult, VerifyMode
-from dspark.wire.bounds import MAX_ID_CHARS
+from dspark.wire.bounds import MAX_DRAFTED, MAX_ID_CHARS
 
 _MODES: dict[int, VerifyMode] = {
     common_pb2.VERIFY_MODE_UNSPECIFIED: VerifyMode.REJECTION,
@@ -104,7 +104,16 @@ def result_to_pb(result: VerificationResult) -> verifier_pb2.GenerateTokensRespo
 def result_from_pb(
     request_id: str, message: verifier_pb2.GenerateTokensResponse
 ) -> VerificationResult:
-    """One step's tokens, as the gateway sees them."""
+    """One step's tokens, as the gateway takes them; ProtocolError if they break the contract."""
+    counts = message.accepted, message.verified, message.drafted
+    if not message.accepted <= message.verified <= message.drafted <= MAX_DRAFTED:
+        raise ProtocolError(
+            f"a step needs accepted ≤ verified ≤ drafted ≤ {MAX_DRAFTED}; got {counts}"
+        )
+    if not message.accepted <= len(message.token_ids):
+        raise ProtocolError(
+            f"{message.accepted} drafted tokens were accepted, of {len(message.token_ids)} in all"
+        )
     return VerificationResult(
         request_id=request_id,
         token_ids=tuple(message.token_ids),

@@ -44,11 +44,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _FINAL = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.OUT_OF_RANGE,
         grpc.StatusCode.FAILED_PRECONDITION,
-        grpc.StatusCode.UNIMPLEMENTED,
-        grpc.StatusCode.PERMISSION_DENIED,
-        grpc.StatusCode.UNAUTHENTICATED,
     }
 )
 _CRASH = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS})
@@ -151,12 +147,14 @@ class _Journey:
 
     def advance(self, message: verifier_pb2.GenerateTokensResponse) -> VerificationResult:
         """Take in committed tokens; BrokenStreamError if the message breaks the contract."""
-        result = result_from_pb(self._original.id, message)
+        try:
+            result = result_from_pb(self._original.id, message)
+        except ProtocolError as error:
+            raise BrokenStreamError(str(error), crashed=True) from error
         left = self._original.sampling.max_tokens - len(self._committed)
-        if not 0 < len(result.token_ids) <= left or result.accepted > len(result.token_ids):
+        if not 0 < len(result.token_ids) <= left:
             raise BrokenStreamError(
-                f"the verifier committed {len(result.token_ids)} tokens, {result.accepted} of them "
-                f"drafted, where 1 to {left} were due",
+                f"the verifier committed {len(result.token_ids)} tokens where 1 to {left} were due",
                 crashed=True,
             )
         self._committed += result.token_ids

@@ -52,6 +52,16 @@ BREAKS = {
     "more-accepted-than-sent": Script(
         replies=(vp.GenerateTokensResponse(token_ids=[1], accepted=2),)
     ),
+    # Counting up to these would hold up the gateway for all.
+    "a-block-past-all-bounds": Script(
+        replies=(vp.GenerateTokensResponse(token_ids=[1], drafted=2**32 - 1),)
+    ),
+    "more-verified-than-drafted": Script(
+        replies=(vp.GenerateTokensResponse(token_ids=[1], drafted=1, verified=2**32 - 1),)
+    ),
+    "more-accepted-than-verified": Script(
+        replies=(vp.GenerateTokensResponse(token_ids=[1, 2], drafted=2, verified=1, accepted=2),)
+    ),
 }
 
 
