@@ -31,6 +31,9 @@ _CODE = "dspark-code"
 _PARAM = "dspark-param"
 _RETRY_AFTER = "dspark-retry-after-s"
 _LEADER = "dspark-leader"  # of a scheduler that stands by; empty: it knows of none
+# Of a message. It travels in a header, where a character takes up to 12 bytes; a peer that gets
+# more than 8 KiB of headers sees RESOURCE_EXHAUSTED instead.
+_MOST_CHARS = 512
 
 
 async def abort(context: grpc.aio.ServicerContext, error: DSparkError) -> NoReturn:
@@ -43,7 +46,7 @@ async def abort(context: grpc.aio.ServicerContext, error: DSparkError) -> NoRetu
         trailing.append((_RETRY_AFTER, f"{error.retry_after_s:g}"))
     if isinstance(error, NotLeaderError):
         trailing.append((_LEADER, error.leader))
-    await context.abort(status, str(error), tuple(trailing))
+    await context.abort(status, _cut(str(error)), tuple(trailing))
     raise AssertionError("abort raises")  # pragma: no cover
 
 
@@ -65,6 +68,11 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> DSparkError:
     if _LEADER in trailing:
         return NotLeaderError(trailing[_LEADER])
     return UnavailableError(message)
+
+
+def _cut(message: str) -> str:
+    """What fits into a status of a message that may repeat what a client sent."""
+    return message if len(message) <= _MOST_CHARS else message[: _MOST_CHARS - 1] + "…"
 
 
 def _retry_after_s(text: str) -> float:

@@ -160,6 +160,21 @@ async def test_an_unknown_model_is_not_found(cluster: Cluster) -> None:
     assert MODEL in error.details()
 
 
+@pytest.mark.parametrize("char", ["g", "é", "🎉"])
+async def test_a_refusal_fits_into_a_status_whatever_it_repeats(
+    cluster: Cluster, char: str
+) -> None:
+    for asked in (text_request(model=char * 100_000), chat_request((char * 100_000, "hi"))):
+        error = await refusal(cluster, asked)
+        code, words = (
+            (grpc.StatusCode.NOT_FOUND, "there is no model")
+            if asked.model != MODEL
+            else (grpc.StatusCode.INVALID_ARGUMENT, "role must be one of")
+        )
+        assert error.code() is code
+        assert words in error.details()
+
+
 async def test_a_model_without_template_takes_text_only() -> None:
     async with running_gateway(tokenizer=without_template()) as cluster:
         error = await refusal(cluster, chat_request(("user", "hi")))
