@@ -30,7 +30,7 @@ _CLIENT_CLOSED_REQUEST = 499  # nginx's number, for logs; nobody is there to rea
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether requests can be served, and if not, why."""
+    """Whether requests can be served, and what is amiss."""
 
     ok: bool
     reason: str = ""
@@ -94,9 +94,10 @@ def create_app(
     @app.get("/health")
     async def healthy() -> Response:
         now = health()
-        if now.ok:
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "unavailable", "reason": now.reason}, 503)
+        told = {"status": "ok" if now.ok else "unavailable"}
+        if now.reason:
+            told["reason"] = now.reason
+        return JSONResponse(told, 200 if now.ok else 503)
 
     return app
 

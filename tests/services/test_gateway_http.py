@@ -448,7 +448,7 @@ async def test_models(cluster: Cluster) -> None:
     assert (model["id"], model["object"], model["max_model_len"]) == (MODEL, "model", 512)
 
 
-async def test_health_follows_verifiers_and_scheduler() -> None:
+async def test_health_follows_verifiers() -> None:
     nobody = running_gateway(verifiers=0, wait=False, first_wait_s=0.1)
     async with nobody as cluster, cluster.http() as http:
         answer = await http.get("/health")
@@ -457,10 +457,16 @@ async def test_health_follows_verifiers_and_scheduler() -> None:
         assert (await http.post(TEXT_PATH, json=TEXT)).status_code == 503
     async with running_gateway() as cluster, cluster.http() as http:
         assert (await http.get("/health")).json() == {"status": "ok"}
+
+
+async def test_a_lost_scheduler_takes_no_gateway_out_of_service() -> None:
+    async with running_gateway() as cluster, cluster.http() as http:
+        await cluster.scheduler.kill()
         cluster.service.cluster._clock = lambda: math.inf  # long after the last answer
         answer = await http.get("/health")
-        assert answer.status_code == 503
+        assert answer.status_code == 200
         assert "scheduler" in answer.json()["reason"]
+        await assert_serving(http)
 
 
 # -- OpenAI's own client ---------------------------------------------------------------------------
