@@ -7,6 +7,7 @@ for. What was read last stays in force while the files are missing, half written
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -30,6 +31,7 @@ INTERNAL_NAME = "dspark.internal"
 _MAX_FILE_BYTES = 256 * 1024
 _READS = 3  # of files that change under it
 _TELL_AGAIN_S = 60.0  # that the certificate has expired
+_LOOK_AGAIN_S = 1.0  # at files that could not be used, whose time or rights may come
 
 _Stamp = tuple[tuple[int, ...] | None, ...]
 
@@ -61,6 +63,7 @@ class CertificateFiles:
         self._lock = threading.Lock()
         self._seen = self._stamp()
         self._expiry_told_at = 0.0
+        self._refused, self._look_again_at = "", math.inf  # why the files are not in force
         self._current = self._read(1)
         log.info("certificate %s is valid until %s", chain, self._current.expires_at)
 
@@ -68,7 +71,7 @@ class CertificateFiles:
         """Those in force; looks whether the files have changed, which takes microseconds."""
         with self._lock:
             stamp = self._stamp()
-            if stamp != self._seen:
+            if stamp != self._seen or time.monotonic() >= self._look_again_at:
                 self._seen = stamp
                 self._renew()
             expires_at = self._current.expires_at
@@ -84,8 +87,14 @@ class CertificateFiles:
         try:
             self._current = self._read(self._current.generation + 1)
         except ConfigError as error:
-            log.error("the certificates were changed and cannot be used, the last stay: %s", error)
+            self._look_again_at = time.monotonic() + _LOOK_AGAIN_S
+            if str(error) != self._refused:
+                log.error(
+                    "the certificates were changed and cannot be used, the last stay: %s", error
+                )
+            self._refused = str(error)
             return
+        self._refused, self._look_again_at = "", math.inf
         self._expiry_told_at = 0.0
         log.info("read certificate %s anew: valid until %s", self._chain, self._current.expires_at)
 

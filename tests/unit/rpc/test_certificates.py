@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -123,19 +123,42 @@ def test_what_cannot_be_used_leaves_the_last_in_force(
         assert key.decode() not in caplog.text
 
 
+def test_what_can_be_used_only_later_is_used_then(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dspark.rpc.certificates._LOOK_AGAIN_S", 0.0)
+    secret = service_secret(tmp_path, OURS)
+    files = files_of(secret)
+    before = files.current()
+    renewed = OURS.issue(begins_in=timedelta(hours=1), expires_in=2 * DAY)  # by a clock ahead
+    secret.renew(renewed, OURS.pem)
+    for _ in range(3):
+        assert files.current() is before
+    (told,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert "check the clock" in told
+    at(monkeypatch, before.expires_at - timedelta(hours=1))
+    assert files.current().chain == renewed.chain  # the same files
+    assert files.current().generation == before.generation + 1
+
+
+def at(monkeypatch: pytest.MonkeyPatch, now: datetime) -> None:
+    """Have it be `now` for certificates."""
+
+    class Clock:
+        @staticmethod
+        def now(zone: object) -> datetime:
+            return now
+
+    monkeypatch.setattr("dspark.rpc.certificates.datetime", Clock)
+
+
 def test_the_log_says_that_a_certificate_has_expired(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = service_secret(tmp_path, OURS)
     files = files_of(secret)
     late = files.current().expires_at + timedelta(seconds=1)
-
-    class Clock:
-        @staticmethod
-        def now(zone: object) -> object:
-            return late
-
-    monkeypatch.setattr("dspark.rpc.certificates.datetime", Clock)
+    at(monkeypatch, late)
     files.current()
     files.current()  # not again so soon
     (told,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
