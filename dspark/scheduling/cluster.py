@@ -113,8 +113,9 @@ class Cluster:
     def beat(self, replica: Replica, load: Load, draining: bool = False) -> None:
         """A sign of life: registers, renews, and takes the load's word for what was placed."""
         before = self._members.get(replica.incarnation)
-        if before is None:
-            # A new process at an address means that the old one is gone.
+        if before is None and replica.role is not Role.GATEWAY:
+            # A new process at an address means that the old one is gone. Nobody calls a gateway by
+            # its address, which is where it listens: 0.0.0.0, say, on each of several nodes.
             for old in [
                 name
                 for name, member in self._members.items()

@@ -105,6 +105,14 @@ def test_a_model_that_left_is_unavailable_and_one_that_never_was_is_not_found() 
         known.place("r", "never")
 
 
+def test_gateways_that_listen_at_every_interface_are_not_taken_for_one() -> None:
+    known, _ = cluster()
+    for _ in range(2):
+        for name in ("a", "b"):
+            known.beat(Replica(Role.GATEWAY, name, "0.0.0.0:50051"), Load())
+    assert {member.replica.incarnation for member in known.members()} == {"a", "b"}
+
+
 def test_a_new_process_at_an_address_replaces_the_old() -> None:
     known, _ = cluster()
     known.beat(Replica(Role.VERIFIER, "old", "host:1", "m"), Load())
