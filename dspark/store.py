@@ -178,12 +178,13 @@ class RedisStore:
                 socket_connect_timeout=_TIMEOUT_S,
                 retry=None,  # a caller that goes on without is better than one that waits
             )
-        except ValueError as error:
-            # the URL itself stays out of the message: it may hold a password
+        except ValueError:
+            # The URL stays out of the message, and out of the log with what was wrong: a password
+            # that is not percent-encoded is taken for a port, and repeated.
             raise ConfigError(
                 "the store's URL is not one of Redis: write redis://[user:password@]host:port/db, "
-                "rediss://… for TLS, or unix://path"
-            ) from error
+                "rediss://… for TLS, or unix://path, with a password percent-encoded"
+            ) from None
         if password_file:
             _take_password_from(self._client, Path(password_file))
         self._failure = redis.RedisError
