@@ -31,6 +31,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be float32, bfloat16 or float16; got {self.dtype!r}")
+        between(self, 0, math.inf, "threads")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,10 @@ T = TypeVar("T")
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """A settings object from plain data, nested; ConfigError names a key that does not exist."""
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(values.keys() - known.keys())
+    unknown = sorted(map(repr, values.keys() - known.keys()))
     if unknown:
         raise ConfigError(
-            f"{cls.__name__} has no setting {', '.join(map(repr, unknown))}; it has "
-            f"{', '.join(sorted(known))}"
+            f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"
         )
     made: dict[str, Any] = {}
     for key, value in values.items():

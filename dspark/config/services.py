@@ -61,6 +61,11 @@ class SchedulerConfig:
         for name in ("heartbeat_s", "lease_s", "leader_lease_s"):
             if not 0 < getattr(self, name) < math.inf:  # also refuses NaN
                 raise ConfigError(f"{name} must be above 0 seconds; got {getattr(self, name)}")
+        if self.lease_s < 2 * self.heartbeat_s:
+            raise ConfigError(
+                "lease_s must be at least twice heartbeat_s, or replicas are given up that miss "
+                f"one heartbeat; got {self.lease_s} and {self.heartbeat_s}"
+            )
         if self.leader_election not in ("store", "kubernetes"):
             raise ConfigError(
                 f"leader_election must be store or kubernetes; got {self.leader_election!r}"
@@ -91,6 +96,7 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         positive(self, "max_in_flight")
         between(self, 0.0, math.inf, "resume_timeout_s")
+        between(self, 0, 65535, "http_port", "grpc_port")  # gRPC takes what is left by 65536
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,12 @@ def test_settings_nest(tmp_path: Path) -> None:
         ({"gateway": {"tls": {"key_file": "k"}}}, "got no cert_file"),
         ({"gateway": {"tls": {"client_ca_file": "a"}}}, "takes TLS"),
         ({"gateway": {"api_keys_folder": None}}, "api_keys_folder must be text"),
+        ({"gateway": {"grpc_port": 70_000}}, "grpc_port"),  # gRPC would listen at 4464
+        ({"gateway": {"grpc_port": -1}}, "grpc_port"),
+        ({"gateway": {"http_port": 65_536}}, "http_port"),
+        ({"scheduler": {"heartbeat_s": 5.0}}, "lease_s must be at least twice heartbeat_s"),
+        ({"model": {"threads": -1}}, "threads"),
+        ({"engine": {"polciy": "off", 1: 2}}, "no setting 'polciy', 1"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(values: dict[str, object], match: str) -> None:
