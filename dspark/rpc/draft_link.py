@@ -236,7 +236,9 @@ class RemoteDraftLink:
             if time.monotonic() - started > 2 * _RECONNECT_S[1]:
                 pause = _RECONNECT_S[0]
             try:
-                await asyncio.wait_for(self._changed.wait(), pause)
+                # wait_for of Python 3.11 loses a cancellation that comes with the event.
+                async with asyncio.timeout(pause):
+                    await self._changed.wait()
             except TimeoutError:
                 pause = min(2 * pause, _RECONNECT_S[1])
 
@@ -246,7 +248,8 @@ class RemoteDraftLink:
             call = draft_pb2_grpc.DraftStub(channel).Connect()
             try:
                 await call.write(pb.ConnectRequest(hello=self._hello))
-                first = await asyncio.wait_for(call.read(), _WELCOME_TIMEOUT_S)
+                async with asyncio.timeout(_WELCOME_TIMEOUT_S):
+                    first = await call.read()
                 if first is grpc.aio.EOF or not first.HasField("welcome"):
                     raise ProtocolError(f"{address} did not answer the hello with a welcome")
                 outgoing = self._up(first.welcome)

@@ -52,7 +52,9 @@ class ClusterView:
     async def wait_known(self, timeout_s: float) -> bool:
         """Wait for the first verifier to be heard of; whether one was."""
         try:
-            await asyncio.wait_for(self._known.wait(), timeout_s)
+            # wait_for of Python 3.11 loses a cancellation that comes with the event.
+            async with asyncio.timeout(timeout_s):
+                await self._known.wait()
         except TimeoutError:
             return False
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -80,10 +80,9 @@ class Generator:
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, and wait for what is under way, for a while."""
         self._draining = True
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
-        except TimeoutError:
-            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
 
     async def generate(self, asked: GenerationRequest) -> AsyncGenerator[Part, None]:
         """Parts of the answer, the last with a finish. Closing it frees all that it held.

@@ -248,3 +248,19 @@ async def test_a_silent_draft_service_is_left_alone(monkeypatch: pytest.MonkeyPa
         assert not link.available
         assert tally.drafted == 0
         assert tally.tokens == plain()
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_link_that_is_given_a_peer_as_it_stops_does_stop(
+    turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resting = asyncio.Event()
+    monkeypatch.setattr(draft_link.log, "warning", lambda *_: resting.set())
+    link = RemoteDraftLink("v", WEIGHTS, TARGET.vocab_size)
+    link.start()
+    link.set_peer("127.0.0.1:1")  # where nobody listens
+    await asyncio.wait_for(resting.wait(), 10)
+    link.set_peer("127.0.0.1:2")
+    for _ in range(turns):  # of the event loop
+        await asyncio.sleep(0)
+    await asyncio.wait_for(link.stop(), 5)
