@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from starlette.requests import ClientDisconnect
 
 from dspark.errors import InvalidRequestError
 from dspark.rpc.options import MAX_PUBLIC_MESSAGE_BYTES
@@ -23,7 +24,10 @@ class ClientGoneError(Exception):
 
 
 async def read_model(request: Request, model: type[M]) -> M:
-    """The body as `model`; BodyTooLargeError or InvalidRequestError naming the field."""
+    """The body as `model`.
+
+    BodyTooLargeError, InvalidRequestError naming the field, ClientGoneError if not all of it came.
+    """
     body = await _read(request)
     try:
         body.decode()
@@ -63,9 +67,12 @@ async def _read(request: Request) -> bytes:
     if announced.isdigit() and len(announced) < 20:
         _check_size(int(announced))
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        _check_size(len(body))
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            _check_size(len(body))
+    except ClientDisconnect as error:
+        raise ClientGoneError from error
     return bytes(body)
 
 

@@ -430,6 +430,21 @@ async def test_an_unexpected_error_tells_nothing_and_harms_nobody(
         await assert_serving(http)
 
 
+async def test_a_client_that_leaves_while_it_sends_is_no_error_of_ours(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with cluster.serving() as url, httpx.AsyncClient(base_url=url) as http:
+
+        async def half_a_body() -> AsyncIterator[bytes]:
+            yield b'{"model": '
+            raise ConnectionError("the client leaves")
+
+        with pytest.raises(ConnectionError):
+            await http.post(TEXT_PATH, content=half_a_body())
+        await assert_serving(http)
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
 async def test_a_long_prompt_does_not_block_others() -> None:
     async with running_gateway() as cluster, cluster.http() as http:
         long = asyncio.create_task(http.post(TEXT_PATH, json={**TEXT, "prompt": "ab " * 700_000}))
