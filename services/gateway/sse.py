@@ -14,7 +14,8 @@ DONE = "data: [DONE]\n\n"
 
 def event(data: dict[str, Any]) -> str:
     """One event."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    # In ASCII: U+2028 and the like end a line for some clients that read by lines.
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 class SseResponse(StreamingResponse):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -30,6 +31,13 @@ class Client:
         self.body += message.get("body", b"")
         if self.body:
             self.started.set()
+
+
+def test_an_event_is_two_lines_however_a_client_ends_lines() -> None:
+    text = "".join(map(chr, range(0x3000))) + "🎉"
+    data = event({"text": text})
+    assert data.splitlines() == [data.removesuffix("\n\n"), ""]
+    assert json.loads(data.removeprefix("data: ")) == {"text": text}
 
 
 @pytest.mark.parametrize("spec_version", ["2.0", "2.3", "2.4"])
