@@ -10,7 +10,7 @@ from dspark.rpc.guard import RefusalLog
 from dspark.services.gateway.api_keys import ApiKeys
 from dspark.services.gateway.http_errors import error_response
 
-OPEN_PATHS = frozenset({"/health", "/metrics"})  # for probes and scrapers; they say no text
+OPEN_PATH = "/health"  # for probes; it says no text
 
 
 class KeyMiddleware:
@@ -21,7 +21,7 @@ class KeyMiddleware:
         self._refusals = RefusalLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and _route(scope) != OPEN_PATH:
             connection = HTTPConnection(scope)
             try:
                 self._keys.client_of(connection.headers.getlist("authorization"))
@@ -31,3 +31,9 @@ class KeyMiddleware:
                 await error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _route(scope: Scope) -> str:
+    """The path within the application: Serve puts its route prefix before it."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))

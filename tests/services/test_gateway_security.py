@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import openai
 import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -134,6 +135,20 @@ async def test_http_refuses_who_has_none_before_the_body_is_read(
     assert "refused POST '/v1/chat/completions'" in caplog.text
     assert ALICE not in caplog.text
     assert BOB not in caplog.text
+
+
+async def test_behind_a_route_prefix_health_alone_is_open_too(keys: Secret) -> None:
+    async with keyed(keys) as cluster:
+        transport = httpx.ASGITransport(cluster.service.http_app(), root_path="/second")
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+            for path, status in (
+                ("/second/health", 200),
+                ("/second/v1/models", 401),
+                ("/second/second/health", 401),
+                ("/secondhealth", 401),
+                ("/metrics", 401),
+            ):
+                assert (await http.get(path)).status_code == status, path
 
 
 async def test_the_openai_client_streams_with_a_key_and_knows_the_refusal(keys: Secret) -> None:
