@@ -89,10 +89,7 @@ class Generator:
 
         Raises a DSparkError: before the first part, or in between when verifiers are lost for good.
         """
-        if asked.model != self.model:
-            raise ModelNotFoundError(
-                f"there is no model {asked.model!r} here; this server has {self.model!r}"
-            )
+        self.check_model(asked.model)
         self._check_class(asked)
         sampling = sampling_of(asked.wish)
         with self._admitted():
@@ -117,6 +114,13 @@ class Generator:
             assert piece.finish_reason is not None
             finish = Finish(piece.finish_reason, len(prompt), completion_tokens, tally.stats())
             yield Part(request.id, piece.spans, piece.token_ids, finish)
+
+    def check_model(self, name: str) -> None:
+        """ModelNotFoundError unless this is the model."""
+        if name != self.model:
+            raise ModelNotFoundError(
+                f"there is no model {name!r} here; this server has {self.model!r}"
+            )
 
     def _check_class(self, asked: GenerationRequest) -> None:
         try:

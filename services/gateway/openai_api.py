@@ -78,17 +78,20 @@ def create_app(
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [the_model()]}
+
+    @app.get("/v1/models/{name:path}")  # names of Hugging Face hold a slash
+    async def model(name: str) -> dict[str, Any]:
+        generator.check_model(name)
+        return the_model()
+
+    def the_model() -> dict[str, Any]:
         return {
-            "object": "list",
-            "data": [
-                {
-                    "id": generator.model,
-                    "object": "model",
-                    "created": 0,
-                    "owned_by": "dspark",
-                    "max_model_len": generator.cluster.context_tokens or None,  # as vLLM names it
-                }
-            ],
+            "id": generator.model,
+            "object": "model",
+            "created": 0,
+            "owned_by": "dspark",
+            "max_model_len": generator.cluster.context_tokens or None,  # as vLLM names it
         }
 
     @app.get("/health")

@@ -1,7 +1,9 @@
 """What clients of the OpenAI API may send. Anything else is refused by name, never ignored.
 
 Of OpenAI's parameters that are not supported, the values that ask for nothing (n 1, penalties 0,
-no logprobs) are accepted, and so are `user` and `metadata`, which cannot change the output.
+no logprobs) are accepted, and so are those that cannot change the output, such as `user`. A null
+says nothing, in a field that is not known either: clients send back messages with every field that
+their library has.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from dspark.services.gateway.request import GenerationRequest, SamplingWish, Turn
 from dspark.types import VerifyMode
@@ -17,7 +19,7 @@ from dspark.types import VerifyMode
 
 def _only(neutral: object) -> AfterValidator:
     def check(value: object) -> object:
-        if value is not None and value != neutral:
+        if value != neutral or isinstance(value, bool) != isinstance(neutral, bool):  # 0 == False
             raise ValueError(f"only {neutral!r} is supported, got {value!r}: leave it out")
         return value
 
@@ -56,6 +58,13 @@ def _stop_list(value: object) -> object:
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, said: object) -> object:
+        if isinstance(said, dict):
+            return {name: value for name, value in said.items() if value is not None}
+        return said
+
 
 class StreamOptions(_Strict):
     """How a stream ends."""
@@ -88,6 +97,8 @@ class _Common(_Strict):
     speculate: bool | None = None
     # Without effect on the output.
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
     # Only the values that ask for nothing.
     n: Annotated[int | None, _only(1)] = None

@@ -249,6 +249,7 @@ def turn(**fields: Any) -> tuple[str, Any]:
         (chat(colour="red"), "colour", "not supported"),
         (chat(tools=[]), "tools", "supported are"),
         (chat(logprobs=True), "logprobs", "only False"),
+        (text(logprobs=0), "logprobs", "only False"),  # of OpenAI's, asks for one a token
         (chat(top_logprobs=3), "top_logprobs", "not supported"),
         (chat(n=2), "n", "only 1"),
         (chat(presence_penalty=0.5), "presence_penalty", "only 0"),
@@ -493,9 +494,19 @@ async def test_the_openai_client(cluster: Cluster) -> None:
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
         assert [model.id async for model in client.models.list()] == [MODEL]
+        assert (await client.models.retrieve(MODEL)).id == MODEL
+        for name in ("gpt-9", "org/name"):
+            with pytest.raises(openai.NotFoundError) as unknown:
+                await client.models.retrieve(name)
+            assert unknown.value.code == "model_not_found"
         messages: Any = [{"role": "user", "content": "hi"}]
         whole = await client.chat.completions.create(model=MODEL, messages=messages, seed=1)
         assert whole.choices[0].message.content == ANSWER
+        # As frameworks go on with a conversation: with all fields that the library has.
+        longer = [*messages, whole.choices[0].message.model_dump(), *messages]
+        assert longer[1]["refusal"] is None
+        again = await client.chat.completions.create(model=MODEL, messages=longer, logit_bias=None)
+        assert again.choices[0].message.content == ANSWER
         assert whole.model_extra is not None
         assert whole.model_extra["metrics"]["speculative_decoding"]["num_spec_steps"]
         stream = await client.chat.completions.create(
