@@ -76,9 +76,13 @@ class ReplicaServer:
             self._certificates.current()  # says in the log if they have expired
         await check_serving(self._own_address, timeout_s)
 
+    async def leave(self) -> None:
+        """Report NOT_SERVING from now on; calls are still answered."""
+        await self._health.enter_graceful_shutdown()
+
     async def stop(self, grace_s: float) -> None:
         """Report NOT_SERVING, let calls under way finish for `grace_s`, then close."""
-        await self._health.enter_graceful_shutdown()
+        await self.leave()
         await self.server.stop(grace_s)
         if self._folder is not None:
             await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)

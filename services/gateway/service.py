@@ -118,6 +118,7 @@ class GatewayService:
 
     async def stop(self, grace_s: float) -> None:
         """Leave: take nothing new, let streams finish for `grace_s`, then close everything."""
+        await self._server.leave()  # who balances by health goes elsewhere, not to be refused
         if self._keeper is not None:
             await self._keeper.drain()
         await self.generator.drain(grace_s)

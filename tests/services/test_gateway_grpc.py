@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from helpers.fake_services import Script
 from helpers.gateway import ANSWER, MODEL, Cluster, running_gateway
 from helpers.tokenizer import without_template
@@ -266,6 +267,22 @@ async def test_stopping_lets_streams_finish_and_takes_nothing_new(cluster: Clust
     await asyncio.sleep(0)  # let it begin
     error = await refusal(cluster, text_request())
     assert error.code() is grpc.StatusCode.UNAVAILABLE
+    cluster.verifier.release.set()
+    assert text_of([first, *[part async for part in call]]) == ANSWER
+    await stopping
+
+
+async def test_who_balances_by_health_hears_of_a_stop_while_streams_go_on(cluster: Cluster) -> None:
+    cluster.verifier.scripts.append(_hold_near_the_end(cluster))
+    call = aiter(cluster.stub.Generate(text_request()))
+    first = await anext(call)
+    watched = aiter(
+        health_pb2_grpc.HealthStub(cluster.channel).Watch(health_pb2.HealthCheckRequest())
+    )
+    assert (await anext(watched)).status == health_pb2.HealthCheckResponse.SERVING
+    stopping = asyncio.create_task(cluster.service.stop(20))
+    async with asyncio.timeout(10):
+        assert (await anext(watched)).status == health_pb2.HealthCheckResponse.NOT_SERVING
     cluster.verifier.release.set()
     assert text_of([first, *[part async for part in call]]) == ANSWER
     await stopping
