@@ -38,6 +38,7 @@ _LONGEST_REST_S = 8.0
 _WELCOME_TIMEOUT_S = 5.0
 _RECONNECT_S = (0.1, 2.0)  # first and longest pause
 _MAX_BATCH_BYTES = 8 * 1024 * 1024
+_MOST_CREDITS = 16  # whatever a welcome says: what a peer does not read is kept here
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class RemoteDraftLink:
         # What both sides touch, under one lock.
         self._state = state or threading.Condition()
         self._outgoing: asyncio.Queue[pb.ConnectRequest] | None = None  # None: no stream
-        self._credits = 0
+        self._credits = self._most_credits = 0
         self._sequence = 0
         self._asked: dict[int, _Asked] = {}  # by batch, of batches that want blocks
         self._replies = DraftReplies()
@@ -279,7 +280,7 @@ class RemoteDraftLink:
             except ProtocolError as error:  # costs this request one block
                 log.warning("a draft proposal was dropped: %s", error)
         with self._state:
-            self._credits += 1
+            self._credits = min(self._credits + 1, self._most_credits)
             self._rest_until = 0.0  # it answers, however late
             self._news = True
             asked = self._asked.pop(reply.sequence, None)
@@ -297,7 +298,7 @@ class RemoteDraftLink:
         outgoing: asyncio.Queue[pb.ConnectRequest] = asyncio.Queue()
         with self._state:
             self._outgoing = outgoing
-            self._credits = max(1, welcome.credits)
+            self._credits = self._most_credits = min(max(1, welcome.credits), _MOST_CREDITS)
             self._asked.clear()
             self._misses, self._rest_until, self._rest_s = 0, 0.0, _FIRST_REST_S
             self._state.notify_all()

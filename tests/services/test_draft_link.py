@@ -250,6 +250,38 @@ async def test_a_silent_draft_service_is_left_alone(monkeypatch: pytest.MonkeyPa
         assert tally.tokens == plain()
 
 
+class Generous(draft_pb2_grpc.DraftServicer):
+    """Gives more credits than anybody needs, and answers what nobody asked; reads nothing."""
+
+    async def Connect(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
+        await anext(request_iterator)
+        welcome = pb.Welcome(draft="generous", block_size=4, credits=2**32 - 1)
+        await context.write(pb.ConnectResponse(welcome=welcome))
+        for sequence in range(1, 100):
+            await context.write(pb.ConnectResponse(reply=pb.ReplyBatch(sequence=sequence)))
+        resync = pb.ResyncRequest(session="last")
+        await context.write(pb.ConnectResponse(reply=pb.ReplyBatch(resyncs=[resync])))
+        await asyncio.Event().wait()
+
+
+async def test_what_a_peer_does_not_read_is_not_piled_up_whatever_it_grants() -> None:
+    greedy = SamplingParams(temperature=0.0)
+    context = DraftWork(Fence("s", 0, 0, 2), 0, torch.zeros(1, 32), 1, 0, greedy)
+    async with serving(Generous()) as address, link_to(address) as link:
+        await connected(link)
+
+        def take_all_in() -> None:
+            with link._state:
+                assert link._state.wait_for(lambda: bool(link._replies.resyncs), 10)
+
+        await asyncio.to_thread(take_all_in)
+        sent = 0
+        while link.available and sent < 1000:
+            link.submit([context])
+            sent += 1
+        assert 1 < sent <= draft_link._MOST_CREDITS
+
+
 @pytest.mark.parametrize("turns", range(4))
 async def test_a_link_that_is_given_a_peer_as_it_stops_does_stop(
     turns: int, monkeypatch: pytest.MonkeyPatch
