@@ -38,6 +38,7 @@ _NONE_ROUNDS = 4  # without drafts in a row: the first is not like others
 _PROBE_ROUNDS = 3  # in a row, so that what only the first of them suffers from does not count
 _PROBE_WIDTH = 4  # requests that a probe drafts for where it cannot be close
 _CLOSE_CALL = 0.9  # gain; what is below is not put down to a mistake about times
+_WIDE_SHARE = 0.002  # of the time, spent on drafting for all where it looks hopeless
 _UNMEASURED_PROBES = 2  # before drafting for all is timed at a load, however bad it looks
 _PROBE_SHARE = 0.004  # of the time, spent on probing in the long run
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 2048  # rounds
@@ -64,6 +65,7 @@ class _Closed:
     first: bool = False  # of that probe, the next round
     narrow: bool = False  # that probe: it drafts for a few requests
     probes: int = 0  # so far
+    since_wide: int = 0  # rounds since one drafted for all
 
 
 class DraftGate:
@@ -179,6 +181,7 @@ class DraftGate:
             self._closed[load] = _Closed()
             # A round that an estimate has made longer is none to learn from.
             return min(self._size, most) if estimates else self._another(most)
+        closed.since_wide += 1
         if closed.rest == 0 and closed.probe == 0:
             self._pause(closed, requests, most)
         self.width = _PROBE_WIDTH if closed.narrow else None
@@ -193,14 +196,19 @@ class DraftGate:
     def _pause(self, closed: _Closed, requests: int, most: int) -> None:
         """The next pause, and the probe after it."""
         known = self._times.knows_drafting(requests)
+        cost = self._times.draft_ms(requests, most) / self._times.plain_ms(requests)
         hopeless = self._gain < _CLOSE_CALL and (known or closed.probes < _UNMEASURED_PROBES)
-        closed.narrow = hopeless and requests > _PROBE_WIDTH
+        # What a few blocks do not show is what rounds with blocks for all take. That may have been
+        # measured at an odd moment, or have been so then.
+        overdue = known and closed.since_wide > _PROBE_ROUNDS * cost / _WIDE_SHARE
+        closed.narrow = hopeless and requests > _PROBE_WIDTH and not overdue
+        if closed.narrow:
+            cost *= _PROBE_WIDTH / requests
+        else:
+            closed.since_wide = 0
         closed.rest, closed.first = closed.pause, True
         closed.probe = _PROBE_ROUNDS + (not known)  # times leave the first out
         closed.probes += 1
-        cost = self._times.draft_ms(requests, most) / self._times.plain_ms(requests)
-        if closed.narrow:
-            cost *= _PROBE_WIDTH / requests
         enough = int(max(_PROBE_ROUNDS * cost / _PROBE_SHARE, _FIRST_PAUSE))
         closed.pause = min(_PAUSE_GROWTH * closed.pause, enough, _LONGEST_PAUSE)
 
