@@ -23,6 +23,7 @@ def serve(
         "'prompt-lookup', or 'none' for plain decoding; default: the one shipped.",
     ),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16."),
+    tensor_parallel: int | None = typer.Option(None, help="GPUs that share one verifier's target."),
     policy: str | None = typer.Option(None, help="adaptive, fixed or off."),
     http_port: int | None = typer.Option(None, help="Port of the OpenAI-compatible endpoints."),
     grpc_port: int | None = typer.Option(None, help="Port of dspark.v1.Inference."),
@@ -37,7 +38,14 @@ def serve(
         from dspark.config import ServeConfig, build, read_settings
 
         settings = read_settings(config_file) if config_file else {}
-        _override(settings, "model", target=target, drafter=drafter, dtype=dtype)
+        _override(
+            settings,
+            "model",
+            target=target,
+            drafter=drafter,
+            dtype=dtype,
+            tensor_parallel=tensor_parallel,
+        )
         _override(settings, "engine", policy=policy)
         _override(settings, "scheduler", store_url=store_url)
         _override(

@@ -27,11 +27,27 @@ class ModelConfig:
     # What a request says is the same to the bit whatever else is in a step. Always so on the CPU's
     # bfloat16 operators; on a GPU it takes kernels that are slower.
     batch_invariant: bool = False
+    # Processes, a GPU of one node each, that a verifier splits its target over. A drafter is light
+    # and stays whole: draft replicas, which read of a target its ends alone, have no use for it.
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be float32, bfloat16 or float16; got {self.dtype!r}")
         between(self, 0, math.inf, "threads")
+        positive(self, "tensor_parallel")
+        if self.tensor_parallel == 1:
+            return
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(
+                f"tensor_parallel is {self.tensor_parallel} and device is {self.device!r}, but it "
+                "takes the first GPUs that are seen: set device to cuda (or to cpu, to try it out)"
+            )
+        if self.batch_invariant:
+            raise ConfigError(
+                f"tensor_parallel is {self.tensor_parallel} and batch_invariant is true, but in "
+                "which order parts are added up depends on how many rows there are: leave one out"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def drafter_folder(model: ModelConfig) -> Path | None:
 def load_target(model: ModelConfig) -> LoadedTarget:
     """Load the target with taps for its drafter."""
     if model.threads:
-        torch.set_num_threads(model.threads)
+        torch.set_num_threads(max(1, model.threads // model.tensor_parallel))
     folder = drafter_folder(model)
     dtype: torch.dtype = getattr(torch, model.dtype)
     reads_tokens = folder is not None and is_causal_lm(folder)
@@ -90,6 +90,7 @@ def load_target(model: ModelConfig) -> LoadedTarget:
         device=model.device,
         tap_layer_ids=() if config is None else config.target_layer_ids,
         batch_invariant=model.batch_invariant,
+        tensor_parallel=model.tensor_parallel,
     )
     projection = None
     if folder is not None and reads_tokens:

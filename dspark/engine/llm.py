@@ -69,12 +69,22 @@ class LLM:
         *,
         dtype: str = "bfloat16",
         device: str = "cpu",
+        tensor_parallel: int = 1,
         engine: EngineConfig | None = None,
         make_link: Callable[[LoadedTarget], DraftLink] | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Loads the target, and its drafter unless `make_link` leads to one elsewhere."""
-        model = ModelConfig(target=target, drafter=drafter, dtype=dtype, device=device)
+        """Loads the target, and its drafter unless `make_link` leads to one elsewhere.
+
+        `tensor_parallel`: how many processes, with a GPU each on cuda, share the target.
+        """
+        model = ModelConfig(
+            target=target,
+            drafter=drafter,
+            dtype=dtype,
+            device=device,
+            tensor_parallel=tensor_parallel,
+        )
         self.tokenizer: Any = load_tokenizer(target)
         self._loaded = load_target(model)
         self._link: DraftLink | None = None

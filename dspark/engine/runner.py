@@ -19,13 +19,16 @@ from dspark.types import Request, StepPlan, StepReport, VerificationResult
 
 log = logging.getLogger(__name__)
 
+_FAILED_JOIN_S = 1.0
+
 
 class EngineRunner:
     """Steps the engine while there is work; everything else goes through its inbox.
 
     `on_results`, `on_refused` (why, by request id) and `on_report` are called on the engine's
-    thread and must not block. When a step raises, the engine's state is unknown: `failure` is set,
-    `on_failure` is called once, and nothing runs any more; the replica must be replaced.
+    thread and must not block. When a step raises, or a process is lost that the target needs, the
+    engine's state is unknown: `failure` is set, `on_failure` is called once, from any thread, and
+    nothing runs any more; the replica must be replaced.
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class EngineRunner:
 
     def start(self) -> None:
         """Start the thread."""
+        self._engine.on_lost(self._fail)  # also while a step waits for what was lost
         self._thread.start()
 
     def stop(self) -> None:
         """Finish the step under way and end the thread."""
         self._post(self._mark_stopping)
-        self._thread.join()
+        # One that failed may hang in a step for good.
+        self._thread.join(None if self.failure is None else _FAILED_JOIN_S)
 
     def add(self, request: Request) -> Future[None]:
         """Queue a request; the future fails with what the engine's `add` raises."""
@@ -163,14 +168,16 @@ class EngineRunner:
     def _run(self) -> None:
         use_all_threads()
         try:
-            while not self._stopping:
+            while not self._stopping and self.failure is None:
                 with self._wake:
-                    self._wake.wait_for(lambda: self._inbox or self._engine.has_work)
+                    self._wake.wait_for(
+                        lambda: self._inbox or self._engine.has_work or self.failure is not None
+                    )
                     actions = list(self._inbox)
                     self._inbox.clear()
                 for action in actions:
                     action()
-                if self._stopping or not self._engine.has_work:
+                if self._stopping or self.failure is not None or not self._engine.has_work:
                     continue
                 self._refuse(self._engine.expire())
                 results = self._engine.step()
@@ -180,10 +187,16 @@ class EngineRunner:
                     self._on_report(self._engine.last_report)
         except Exception as error:
             log.exception("the verifier's engine failed")
-            with self._wake:
-                self.failure = error
-                actions = list(self._inbox)
-                self._inbox.clear()
-            for action in actions:
-                action()  # whoever waits to be let in is told
-            self._on_failure(error)
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._wake:
+            if self.failure is not None:
+                return
+            self.failure = error
+            actions = list(self._inbox)
+            self._inbox.clear()
+            self._wake.notify()
+        for action in actions:
+            action()  # whoever waits to be let in is told
+        self._on_failure(error)

@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 # To be raised when what a step does, or how one is measured, changes between two releases.
 STEP_VERSION = 2
-_WORLD_SIZE = 1  # processes that share a step
 _FAR_OFF = 1.3  # times as fast or slow as a kept table: other things than speed may have changed
 
 
@@ -138,7 +137,7 @@ def fingerprint(target: TargetModel, grid: Grid) -> str:
         _device(target.device),
         torch.__version__,
         (__version__, STEP_VERSION),
-        _WORLD_SIZE,
+        target.tensor_parallel,
         grid,
     )
     return sha256(repr(facts).encode()).hexdigest()[:32]

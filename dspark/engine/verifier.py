@@ -8,6 +8,7 @@ tokens; dspark.engine.speculation decides what is drafted and verified.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ from dspark.engine.lookup import PromptLookup
 from dspark.engine.roster import Roster
 from dspark.engine.sequence import Sequence
 from dspark.engine.speculation import Round, Speculation
-from dspark.errors import ConfigError, QueueTimeoutError
+from dspark.errors import ConfigError, DSparkError, QueueTimeoutError
 from dspark.kernels.attention_plan import plan_attention
 from dspark.kernels.cpu import operators
 from dspark.models.drafter import FeatureProjection
@@ -134,6 +135,10 @@ class VerifierEngine:
     def drafts(self) -> bool:
         """Whether there is anything to draft with."""
         return self._speculation.drafts
+
+    def on_lost(self, tell: Callable[[DSparkError], None]) -> None:
+        """Call `tell`, from any thread, should a process be lost that has a part of the target."""
+        self.target.on_lost(tell)
 
     def reconfigure(self, config: EngineConfig) -> None:
         """Go on by `config`, between two steps; what is under way keeps its place and its pages.

@@ -8,7 +8,8 @@ makes transformers skip building masks altogether.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from dspark.errors import CheckpointError, ConfigError
+from dspark.errors import CheckpointError, ConfigError, DSparkError
 from dspark.kernels.attention_plan import (
     AttentionPlan,
     RowPlan,
@@ -33,6 +34,8 @@ from dspark.models.fused import FusedDecoder
 from dspark.models.graphs import PaddedSteps
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
+from dspark.models.ranks import Ranks
+from dspark.models.sharding import Shard, check_split, hook_sums, load_part
 from dspark.models.triton_layers import TritonDecoder
 
 ATTENTION_NAME = "dspark_paged"
@@ -72,11 +75,13 @@ class TargetModel:
         fused: bool = True,
         padded: bool | None = None,
         batch_invariant: bool = False,
+        shard: Shard | None = None,
     ) -> None:
         """`padded`: whether steps of few rows are padded (models.graphs); None: on CUDA.
 
         `batch_invariant`: what a row says must not depend on the rows beside it, to the bit;
-        ConfigError where that cannot be had.
+        ConfigError where that cannot be had. `shard`: which part of a target `model` is; those who
+        have the others must do what is done here, in the same order.
         """
         config = model.config.get_text_config()
         _refuse_unsupported(config)
@@ -96,9 +101,12 @@ class TargetModel:
         self.tap_layer_ids = tap_layer_ids
         _check_taps(tap_layer_ids, config.num_hidden_layers)
         self._tapped: dict[int, torch.Tensor] = {}
+        self._shard = shard
+        self._ranks: Ranks | None = None  # those who have the other parts
         self._fused: FusedDecoder | TritonDecoder | None = None
         self.padded: PaddedSteps | None = None
-        if fused and FusedDecoder.fits(model):
+        # The C++ layers are one call, which has no place for a sum over ranks.
+        if fused and shard is None and FusedDecoder.fits(model):
             self._fused = FusedDecoder(model)
             self._lm_head = PackedLinear(model.get_output_embeddings(), torch.float32)
             model.get_decoder().layers = nn.ModuleList()  # never run again: half of the memory
@@ -108,8 +116,10 @@ class TargetModel:
         model.set_attn_implementation(ATTENTION_NAME)
         if can_pack(self.dtype, self.device):
             pack_linears(model)
+        if shard is not None:
+            hook_sums(model, shard)
         if fused and TritonDecoder.fits(model):
-            self._fused = TritonDecoder(model, batch_invariant=batch_invariant)
+            self._fused = TritonDecoder(model, batch_invariant=batch_invariant, shard=shard)
         elif batch_invariant:
             raise ConfigError(
                 f"batch_invariant: a {config.model_type} in {self.dtype} on {self.device.type} "
@@ -118,7 +128,9 @@ class TargetModel:
             )
         self._check_attention()
         on_cuda = self.device.type == "cuda"
-        if on_cuda if padded is None else padded:
+        # Ranks would have to capture the same steps or none: a capture that one alone fails at
+        # would have them add up rows of different steps.
+        if shard is None and (on_cuda if padded is None else padded):
             self.padded = PaddedSteps(
                 self._run, self.device, capture=on_cuda, gathers=not self._on_triton()
             )
@@ -137,14 +149,52 @@ class TargetModel:
         device: str = "cpu",
         tap_layer_ids: tuple[int, ...] = (),
         batch_invariant: bool = False,
+        tensor_parallel: int = 1,
     ) -> TargetModel:
-        """Load a local folder or a hub id; CheckpointError if it cannot be used."""
+        """Load a local folder or a hub id; CheckpointError if it cannot be used.
+
+        `tensor_parallel`: how many processes have a part of it each; this one is the first of them
+        (dspark.models.ranks). ConfigError if it cannot be split so.
+        """
         try:
-            _refuse_unsupported(AutoConfig.from_pretrained(path).get_text_config())
+            config = AutoConfig.from_pretrained(path)
+            _refuse_unsupported(config.get_text_config())
+            if tensor_parallel > 1:
+                check_split(config, tensor_parallel)
+                return cls._load_split(path, tensor_parallel, dtype, device, tap_layer_ids)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot load the target {str(path)!r}: {error}") from error
         return cls(model.to(device), tap_layer_ids, batch_invariant=batch_invariant)
+
+    @classmethod
+    def _load_split(
+        cls, path: str | Path, size: int, dtype: torch.dtype, device: str, taps: tuple[int, ...]
+    ) -> TargetModel:
+        ranks = Ranks(path, size, dtype=dtype, device=device)  # they load while we do
+        try:
+            model = load_part(path, 0, size, dtype=dtype).to(device)
+            made = cls(model, taps, shard=ranks.join())
+        except BaseException:
+            ranks.close()
+            raise
+        made._ranks = ranks
+        return made
+
+    @property
+    def tensor_parallel(self) -> int:
+        """How many processes share a forward."""
+        return 1 if self._shard is None else self._shard.size
+
+    def on_lost(self, tell: Callable[[DSparkError], None]) -> None:
+        """Call `tell`, from any thread, should a process be lost that has a part of the target."""
+        if self._ranks is not None:
+            self._ranks.on_lost(tell)
+
+    def close(self) -> None:
+        """End the processes that have other parts of it, if any."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     def _on_triton(self) -> bool:
         """Whether Triton's kernels are known to serve the attention of every layer."""
@@ -171,7 +221,17 @@ class TargetModel:
 
     @torch.inference_mode()
     def forward(self, batch: TargetBatch, kv: PagedKVCache) -> TargetOutput:
-        """Run the rows of one step, writing their keys and values to `kv`."""
+        """Run the rows of one step, writing their keys and values to `kv`.
+
+        UnavailableError, from then on, if a process is lost that has a part of the target.
+        """
+        together: AbstractContextManager[None] = nullcontext()
+        if self._ranks is not None:
+            together = self._ranks.step(batch.token_ids, batch.attention, batch.logit_rows, kv)
+        with together:
+            return self._forward(batch, kv)
+
+    def _forward(self, batch: TargetBatch, kv: PagedKVCache) -> TargetOutput:
         if isinstance(self._fused, FusedDecoder):
             hidden, taps = self._fused.forward(
                 batch.token_ids,
@@ -207,6 +267,13 @@ class TargetModel:
             plan = plan_attention(tables, [0] * len(texts), lengths, self.device)
             kv = PagedKVCache(sum(pages) + 1, self.device)
             return self.forward(TargetBatch(torch.cat(list(texts)), plan, logit_rows), kv)
+        with nullcontext() if self._ranks is None else self._ranks.whole(texts, logit_rows):
+            return self._forward_whole(texts, logit_rows)
+
+    def _forward_whole(
+        self, texts: Sequence[torch.Tensor], logit_rows: torch.Tensor
+    ) -> TargetOutput:
+        lengths = [len(text) for text in texts]
         longest = max(lengths)
         padded = torch.zeros(len(texts), longest, dtype=torch.int64)
         real = torch.arange(longest) < torch.tensor(lengths)[:, None]

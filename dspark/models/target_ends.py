@@ -85,28 +85,48 @@ class StoredEnds:
         raise CheckpointError(f"the target {self._path!r} holds no tensor {name!r}: {looked}")
 
     def _files(self, name: str) -> list[str]:
-        index = self._file(_INDEX)
-        if index is None:
-            weights = self._file(_WEIGHTS)
+        where = _weight_map(self._path)
+        if where is None:
+            weights = _stored_file(self._path, _WEIGHTS)
             return [] if weights is None else [weights]
-        try:
-            where: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"cannot read {index}: {error!r}") from error
-        found = self._file(where[name]) if name in where else None
+        found = _stored_file(self._path, where[name]) if name in where else None
         return [] if found is None else [found]
 
-    def _file(self, name: str) -> str | None:
-        try:
-            file: str | None = cached_file(
-                self._path,
-                name,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        except OSError as error:
-            raise CheckpointError(f"cannot fetch {name} of {self._path!r}: {error}") from error
-        return file
+
+def weight_files(path: str | Path) -> list[str]:
+    """All that hold a target's weights, of a local folder or a hub id; CheckpointError if none."""
+    where = _weight_map(path)
+    names = [_WEIGHTS] if where is None else sorted(set(where.values()))
+    found = {name: _stored_file(path, name) for name in names}
+    missing = [name for name, file in found.items() if file is None]
+    if missing:
+        raise CheckpointError(f"there is no {', '.join(missing)} with the target {str(path)!r}")
+    return [file for file in found.values() if file is not None]
+
+
+def _weight_map(path: str | Path) -> dict[str, str] | None:
+    """Files by the tensors that they hold; None where there is one file."""
+    index = _stored_file(path, _INDEX)
+    if index is None:
+        return None
+    try:
+        where: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read {index}: {error!r}") from error
+    return where
+
+
+def _stored_file(path: str | Path, name: str) -> str | None:
+    try:
+        file: str | None = cached_file(
+            str(path),
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:
+        raise CheckpointError(f"cannot fetch {name} of {str(path)!r}: {error}") from error
+    return file
 
 
 def empty_target(path: str | Path) -> Any:

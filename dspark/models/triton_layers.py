@@ -25,6 +25,7 @@ from dspark.kernels.dispatch import TritonStore, serves_with_triton
 from dspark.models.families import layer_window
 from dspark.models.fused import FAMILIES
 from dspark.models.kv_cache import PagedKVCache
+from dspark.models.sharding import Shard
 
 # Of rows [T, K], a weight [N, K] and a bias [N] or None.
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -47,12 +48,15 @@ class _Layer:
 class TritonDecoder:
     """A decoder's layers and final norm, for steps over pages."""
 
-    def __init__(self, model: Any, *, batch_invariant: bool = False) -> None:
-        """Makes views of the weights of `model`.
+    def __init__(
+        self, model: Any, *, batch_invariant: bool = False, shard: Shard | None = None
+    ) -> None:
+        """Makes views of the weights of `model`, which is the part `shard` of a target, if any.
 
         `batch_invariant`: products by our kernel and attention in tiles of one size, so that what
         a row says does not depend on the rows beside it, to the bit.
         """
+        self._shard = shard
         if batch_invariant:
             _check_tensor_cores(model.device)
         self._invariant = batch_invariant
@@ -112,10 +116,10 @@ class TritonDecoder:
                 query, store.keys, store.values, plan,
                 scale=self._scale, window=layer.window, one_size=self._invariant,
             )  # fmt: skip
-            delta = linear(mixed.flatten(1), layer.out.weight, layer.out.bias)
+            delta = self._whole(linear(mixed.flatten(1), layer.out.weight, layer.out.bias))
             h = add_rms_norm(x, delta, layer.mlp_norm, eps)
             act = silu_mul(linear(h, layer.gate_up, layer.gate_up_bias))
-            delta = linear(act, layer.down.weight, layer.down.bias)
+            delta = self._whole(linear(act, layer.down.weight, layer.down.bias))
             if i in tap_layer_ids:
                 x, delta = x + delta, None
                 taps[i] = x.clone()
@@ -134,6 +138,11 @@ class TritonDecoder:
         from dspark.kernels.triton.linear import linear
 
         return linear
+
+    def _whole(self, delta: torch.Tensor) -> torch.Tensor:
+        if self._shard is not None:
+            self._shard.add_up(delta)
+        return delta
 
     def _store(self, kv: PagedKVCache, layer: int, qkv: torch.Tensor) -> TritonStore:
         if not kv.holds(layer):

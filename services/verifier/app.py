@@ -53,6 +53,7 @@ class VerifierReplica:
         transport = open_transport(config.network)  # before what takes long, since it may refuse
         model, locate = with_threads(config.model), scheduler_of(config.scheduler.application)
         loaded = await compute_apart(load_target, model)
+        self._target = loaded.target
         self._servicer = VerifierServicer(model.target, asyncio.get_running_loop())
         self._link: PooledDraftLink | None = None
         if loaded.has_drafter:
@@ -140,6 +141,7 @@ class VerifierReplica:
         if self._link is not None:
             await self._link.stop()
         await asyncio.to_thread(self._runner.stop)
+        await asyncio.to_thread(self._target.close)
 
     def _heard(self, beat: scheduler_pb2.HeartbeatResponse) -> None:
         shares = {one.draft.address: one.share for one in beat.drafts if 0.0 < one.share <= 1.0}

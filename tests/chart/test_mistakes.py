@@ -90,7 +90,26 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         "l4-h100",
         {"pools.verifier.tensorParallel": 2},
-        "pools.verifier.tensorParallel is 2: the engine does not split a model over GPUs yet; leave it at 1",
+        "pools.verifier.tensorParallel is 2 and a replica reserves 1 GPUs (replica.gpus): set pools.verifier.replica.gpus to 2",
+    ),
+    (
+        "l4-h100",
+        {"pools.verifier.tensorParallel": 2, "pools.verifier.replica.gpus": 2},
+        "pools.verifier.gpu.count is 1, which replicas of 2 GPUs (tensorParallel) cannot share out: set it to a multiple of 2",
+    ),
+    (
+        "l4-h100",
+        {
+            "pools.verifier.tensorParallel": 4,
+            "pools.verifier.replica.gpus": 4,
+            "pools.verifier.gpu.count": 6,
+        },
+        "pools.verifier.gpu.count is 6, which replicas of 4 GPUs (tensorParallel) cannot share out",
+    ),
+    (
+        "trial",
+        {"pools.verifier.tensorParallel": 2},
+        "pools.verifier.tensorParallel is 2 and model.device is cpu, but GPUs are what it splits a target over",
     ),
     (
         "l4-h100",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from helpers.chart import cases, render
+from helpers.chart import cases, merged, profile_values, render
 from pydantic import BaseModel
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import (
@@ -91,6 +91,19 @@ def test_applications_are_placed_in_their_pools(case: str) -> None:
             limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
             assert float(limits["cpu"]) >= cpus, f"{name} finds no place"
     assert rendering.groups["head"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_a_target_that_is_split_has_its_gpus() -> None:
+    split = {"tensorParallel": 2, "replica": {"gpus": 2}, "gpu": {"count": 2}}
+    rendering = render(merged(profile_values("l4-h100"), {"pools": {"verifier": split}}))
+    check_serve_config(rendering.serve_config)
+    applications = {one["name"]: one for one in rendering.serve_config["applications"]}
+    assert applications["verifier"]["args"]["model"]["tensor_parallel"] == 2
+    assert "tensor_parallel" not in applications["draft"]["args"]["model"]
+    (deployment,) = applications["verifier"]["deployments"]
+    assert deployment["ray_actor_options"]["num_gpus"] == 2
+    container = rendering.groups["verifier"]["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
 
 
 @every

@@ -140,12 +140,12 @@ SILENT = {
     "global": "helm's own, for charts above this one",
     "production": "refuses values, and renders nothing",
     "model.drafterBlockSize": "checked against engine.blockSize, and not rendered",
-    "pools.verifier.tensorParallel": "only 1 is taken until the engine can do more",
     "redis.bundled.password": "it is in a Secret, which is compared without it; see test_security",
 }
 # Keys that are refused alone, wherever they stand: they go with others. The grid renders both.
 TOGETHER = {
     "model.device": "with GPUs of the pools",
+    "pools.verifier.tensorParallel": "with as many GPUs of a replica",
     "tls.internal.enabled": "with a certificate",
     "tls.internal.certManager.enabled": "in the place of a Secret",
     "tls.internal.certManager.ownCa": "in the place of an issuer",

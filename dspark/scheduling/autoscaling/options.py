@@ -14,9 +14,14 @@ _WINDOW = 4  # intervals that a policy sees means over
 
 def verifier_options(config: ServeConfig) -> dict[str, Any]:
     """For the verifier deployment's `options`."""
-    if not config.autoscaling.enabled:
-        return {"num_replicas": config.verifier_replicas}
-    return _options(config, config.autoscaling.verifier, _VERIFIER)
+    options: dict[str, Any] = {"num_replicas": config.verifier_replicas}
+    if config.autoscaling.enabled:
+        options = _options(config, config.autoscaling.verifier, _VERIFIER)
+    model = config.model
+    if model.device == "cuda" and model.tensor_parallel > 1:
+        # GPUs of one actor are of one node.
+        options["ray_actor_options"] = {"num_cpus": 0, "num_gpus": model.tensor_parallel}
+    return options
 
 
 def draft_options(config: ServeConfig) -> dict[str, Any]:

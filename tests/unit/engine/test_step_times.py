@@ -78,7 +78,9 @@ def test_threads_taps_and_the_engines_version_are_in_the_fingerprint(
     names.add(fingerprint(TARGET, GRID))
     monkeypatch.setattr(module, "STEP_VERSION", 1000)
     names.add(fingerprint(TARGET, GRID))
-    assert len(names) == 5
+    monkeypatch.setattr(TargetModel, "tensor_parallel", 2)
+    names.add(fingerprint(TARGET, GRID))
+    assert len(names) == 6
 
 
 def test_other_weights_of_the_same_shape_take_as_long() -> None:

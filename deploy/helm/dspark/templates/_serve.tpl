@@ -179,6 +179,9 @@ applications:
         {{- include "dspark.settings.network" . | nindent 8 }}
       model:
         {{- include "dspark.settings.model" . | nindent 8 }}
+        {{- if gt (int .Values.pools.verifier.tensorParallel) 1 }}
+        tensor_parallel: {{ .Values.pools.verifier.tensorParallel | int }}
+        {{- end }}
       engine:
         {{- toYaml $engineArgs | nindent 8 }}
       {{- with include "dspark.settings.autoscaling" . }}

@@ -21,8 +21,17 @@
 {{- $wrong = append $wrong (printf "engine.blockSize is %d, and the drafter drafts blocks of %d (model.drafterBlockSize): set engine.blockSize to that at most, or to 0 for the drafter's own" (int $v.engine.blockSize) (int $v.model.drafterBlockSize)) -}}
 {{- end -}}
 {{- end -}}
-{{- if gt (int $v.pools.verifier.tensorParallel) 1 -}}
-{{- $wrong = append $wrong (printf "pools.verifier.tensorParallel is %d: the engine does not split a model over GPUs yet; leave it at 1, and choose a GPU that holds model.target" (int $v.pools.verifier.tensorParallel)) -}}
+{{- with $v.pools.verifier -}}
+{{- $parts := int .tensorParallel -}}
+{{- if gt $parts 1 -}}
+{{- if ne $v.model.device "cuda" -}}
+{{- $wrong = append $wrong (printf "pools.verifier.tensorParallel is %d and model.device is %s, but GPUs are what it splits a target over: set model.device to cuda, or tensorParallel to 1" $parts $v.model.device) -}}
+{{- else if ne (float64 .replica.gpus) (float64 $parts) -}}
+{{- $wrong = append $wrong (printf "pools.verifier.tensorParallel is %d and a replica reserves %v GPUs (replica.gpus): set pools.verifier.replica.gpus to %d, and gpu.count to a multiple" $parts .replica.gpus $parts) -}}
+{{- else if mod (int .gpu.count) $parts -}}
+{{- $wrong = append $wrong (printf "pools.verifier.gpu.count is %d, which replicas of %d GPUs (tensorParallel) cannot share out: set it to a multiple of %d" (int .gpu.count) $parts $parts) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- if lt (float64 $v.scheduler.leaseS) (mulf 2 $v.scheduler.heartbeatS) -}}
 {{- $wrong = append $wrong (printf "scheduler.leaseS is %v and scheduler.heartbeatS is %v: a replica that misses one heartbeat would be given up; set leaseS to twice heartbeatS at least" $v.scheduler.leaseS $v.scheduler.heartbeatS) -}}

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 from ray.serve.config import AutoscalingConfig as ServeAutoscaling
 
-from dspark.config import AutoscalingConfig, DraftScaling, ServeConfig, VerifierScaling
+from dspark.config import AutoscalingConfig, DraftScaling, ModelConfig, ServeConfig, VerifierScaling
 from dspark.errors import ConfigError
 from dspark.scheduling.autoscaling.options import draft_options, verifier_options
 from dspark.services.draft.autoscaling import DraftAutoscaling
@@ -30,6 +30,15 @@ def test_off_means_a_fixed_count() -> None:
     off = ServeConfig(verifier_replicas=3, draft_replicas=2)
     assert verifier_options(off) == {"num_replicas": 3}
     assert draft_options(off) == {"num_replicas": 2}
+
+
+def test_a_split_target_reserves_its_gpus() -> None:
+    for scaling in (AutoscalingConfig(), AutoscalingConfig(enabled=True)):
+        made = ServeConfig(ModelConfig(device="cuda", tensor_parallel=4), autoscaling=scaling)
+        assert verifier_options(made)["ray_actor_options"] == {"num_cpus": 0, "num_gpus": 4}
+        assert "ray_actor_options" not in draft_options(made)
+    on_cpu = ServeConfig(ModelConfig(tensor_parallel=2))
+    assert "ray_actor_options" not in verifier_options(on_cpu)
 
 
 @pytest.mark.parametrize("policy", ["pressure", "forecast"])
