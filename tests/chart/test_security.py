@@ -37,6 +37,15 @@ def test_pods_are_restricted(case: str) -> None:
         assert not folders or cases()[case]["modelCache"]["type"] == "hostPath"
 
 
+def test_large_user_ids_stay_whole_numbers() -> None:
+    user = 1_000_650_000  # of OpenShift's ranges, where helm itself would write 1.00065e+09
+    ids = dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), user)
+    for name, pod in render({**cases()["production"], "podSecurity": ids}).pods.items():
+        context = pod["spec"]["securityContext"]
+        assert {key: context[key] for key in ids} == ids, name
+        assert all(isinstance(context[key], int) for key in ids), name
+
+
 @every
 def test_the_autoscaler_beside_the_head_is_restricted(case: str) -> None:
     options = render(cases()[case]).cluster.get("autoscalerOptions")
