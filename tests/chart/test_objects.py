@@ -8,7 +8,18 @@ import subprocess
 from typing import Any
 
 import pytest
-from helpers.chart import CHART, KUBERNETES, NAMESPACE, PROFILES, RELEASE, cases, helm, render
+import yaml
+from helpers.chart import (
+    CHART,
+    KUBERNETES,
+    NAMESPACE,
+    PROFILES,
+    RELEASE,
+    cases,
+    helm,
+    merged,
+    render,
+)
 from helpers.chart import profile_values as values_of
 from helpers.kube_schemas import faults
 
@@ -156,6 +167,18 @@ def test_each_pool_has_one_budget(case: str) -> None:
         for one in rendering.of("PodDisruptionBudget")
     ]
     assert sorted(budgets) == sorted(pools)
+
+
+def test_a_budget_lets_a_pod_go_though_spare_ones_are_never_ready() -> None:
+    spare = {"schedulerReplicas": 3, "pools": {"verifier": {"minPods": 6}}}
+    kept = {
+        one["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"]: one["spec"]
+        for one in render(merged(cases()["production"], spare)).of("PodDisruptionBudget")
+    }
+    # Two gateways and two verifiers are the fewest that run; all other pods have no proxy of Serve.
+    assert {pool: spec["minAvailable"] for pool, spec in kept.items()} == {
+        "gateway": 1, "verifier": 1, "draft": 0,
+    }  # fmt: skip
 
 
 @every

@@ -127,7 +127,10 @@ most: {{ $n }}
 {{- toJson (ternary (list "gateway" "verifier" "draft") (list "gateway" "verifier") .Values.pools.draft.enabled) -}}
 {{- end -}}
 
-{{/* Pods that hold so many replicas. (root, pool): {min, max}, of both of its groups together */}}
+{{/*
+Pods that hold so many replicas. (root, pool): {filled, min, max, needed}, of both of its groups
+together; filled: the fewest that have a replica at all.
+*/}}
 {{- define "dspark.pods" -}}
 {{- $pool := index .root.Values.pools .pool -}}
 {{- $replicas := include "dspark.replicas" . | fromYaml -}}
@@ -135,6 +138,7 @@ most: {{ $n }}
 {{- $least := div (add (int $replicas.least) $each -1) $each -}}
 {{- $most := div (add (int $replicas.most) $each -1) $each -}}
 {{- $min := ternary $least (int $pool.minPods) (kindIs "invalid" $pool.minPods) -}}
+filled: {{ $least }}
 min: {{ $min }}
 max: {{ ternary (max $most $min 1) (int $pool.maxPods) (kindIs "invalid" $pool.maxPods) }}
 needed: {{ $most }}
