@@ -319,6 +319,24 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "trial",
+        {"pools.draft.env": [{"name": "HF_HUB_OFFLINE", "value": "0"}]},
+        "pools.draft.env sets HF_HUB_OFFLINE, which the chart sets: leave it out",
+    ),
+    (
+        "trial",
+        {
+            "pools.draft.volumes": [{"name": "x", "emptyDir": {}}],
+            "pools.draft.volumeMounts": [{"name": "x", "mountPath": "/models/"}],
+        },
+        "pools.draft.volumeMounts has /models, where the chart or KubeRay mounts its own: choose another",
+    ),
+    (
+        "trial",
+        {"commonLabels": {"app.kubernetes.io/instance": "x"}},
+        "commonLabels sets app.kubernetes.io/instance, which the chart sets: choose another label",
+    ),
+    (
+        "trial",
         {"pools.draft.enabled": False},
         "pools.draft.enabled is false and drafts are wanted: enable the pool",
     ),

@@ -121,6 +121,17 @@ def test_labels_are_valid_and_name_the_release(case: str) -> None:
         assert one["metadata"].get("namespace") == (None if cluster_wide else NAMESPACE)
 
 
+def test_labels_of_one_kind_go_before_those_of_all() -> None:
+    own = {"monitoring": {"podMonitor": {"enabled": True, "labels": {"team": "b"}}}}
+    rendering = render({**cases()["trial"], **own, "commonLabels": {"team": "a"}})
+    (monitor,) = rendering.of("PodMonitor")
+    assert rendering.text.count("\n    team: b\n") == 1
+    assert monitor["metadata"]["labels"]["team"] == "b"
+    assert "team: a" not in yaml.safe_dump(monitor)
+    block = rendering.text.partition("kind: PodMonitor")[2].partition("spec:")[0]
+    assert block.count("team:") == 1  # twice would be refused, or the last taken
+
+
 def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     for key, value in selector.get("matchLabels", {}).items():
         if labels.get(key) != value:
