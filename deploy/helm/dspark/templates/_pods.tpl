@@ -147,9 +147,14 @@ spec:
         {{- toYaml $v.readinessProbe | nindent 8 }}
       {{- else if eq $pool "gateway" }}
       # Ours goes beyond KubeRay's: only gateways that know a verifier get traffic, so that the second
-      # cluster of an upgrade gets none before it can answer.
+      # cluster of an upgrade gets none before it can answer. Serve's proxy answers for gateways on other
+      # pods, too; the gRPC listener is there with a gateway of this pod's own alone.
       readinessProbe:
-        httpGet: {path: /health, port: serve, scheme: {{ ternary "HTTPS" "HTTP" $root.Values.tls.http.enabled }}}
+        exec:
+          command:
+            - /bin/bash
+            - -c
+            - wget --tries=1 --timeout=4 -q -O /dev/null --no-check-certificate {{ ternary "https" "http" $root.Values.tls.http.enabled }}://127.0.0.1:8000/health && exec 3<>/dev/tcp/127.0.0.1/50051
         periodSeconds: 5
         timeoutSeconds: 5
         failureThreshold: 3
