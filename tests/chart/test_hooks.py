@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import runpy
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.chart import cases, render
+from helpers.chart import CHART, cases, render
 
 
 @contextmanager
@@ -61,3 +65,52 @@ def test_a_gateway_with_tls_is_asked_with_tls() -> None:
     )
     probe = rendering.groups["gateway"]["template"]["spec"]["containers"][0]["readinessProbe"]
     assert "https://127.0.0.1:8000/health" in probe["exec"]["command"][-1]
+
+
+RAY = """
+import pathlib, signal, sys
+def end(*_):
+    pathlib.Path(sys.argv[-1]).write_text("drained")
+    sys.exit(1)  # as Ray does
+signal.signal(signal.SIGTERM, end)
+print("started", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def test_a_worker_that_is_to_end_has_ray_drain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = runpy.run_path(str(CHART / "files" / "end_worker.py"))
+    (tmp_path / "ray").write_text(RAY)
+    command = [sys.executable, str(tmp_path / "ray"), "start", "--address=h:6379", "--block"]
+    # As under KubeRay, a shell is the parent, and signals to it end nothing.
+    shell = subprocess.Popen(
+        ["/bin/bash", "-c", '"$@"; exit 0', "-", *command, str(tmp_path / "said")],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert shell.stdout is not None
+    assert shell.stdout.readline() == "started\n"
+    children = Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()
+    # Nobody's Ray on this machine but that.
+    monkeypatch.setattr(os, "listdir", lambda _: ["self", str(shell.pid), *children])
+    monkeypatch.setattr(sys, "argv", ["end_worker.py", "0"])
+    hook["main"]()
+    assert (tmp_path / "said").read_text() == "drained"
+    assert shell.wait(10) == 0
+    shell.stdout.close()
+    with pytest.raises(SystemExit, match="does not run here"):
+        hook["main"]()
+
+
+def test_a_client_is_someone_outside_the_pod() -> None:
+    hook = runpy.run_path(str(CHART / "files" / "end_worker.py"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        hook["PORTS"].clear()
+        hook["PORTS"].add(address[1])
+        with socket.create_connection(address):
+            assert not hook["connected"]()  # a probe, from inside
+        with socket.create_connection(address, source_address=("127.0.0.2", 0)):
+            assert hook["connected"]()

@@ -275,12 +275,12 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         "trial",
         {"pools.gateway.terminationGracePeriodSeconds": 30},
-        "pools.gateway.terminationGracePeriodSeconds is 30, and a pod needs 55 to drain, longestStreamSeconds among them: raise it",
+        "pools.gateway.terminationGracePeriodSeconds is 30, and a pod needs 70 to drain, longestStreamSeconds among them: raise it",
     ),
     (
         "trial",
         {"pools.verifier.terminationGracePeriodSeconds": 30},
-        "pools.verifier.terminationGracePeriodSeconds is 30, and a pod needs 35 to drain: raise it",
+        "pools.verifier.terminationGracePeriodSeconds is 30, and a pod needs 45 to drain: raise it",
     ),
     (
         "production",

@@ -75,7 +75,8 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- $drains := dict "head" 0 "gateway" (add 25 (int $v.pools.gateway.longestStreamSeconds)) "draft" 7 "verifier" 35 -}}
+{{- /* graceful_shutdown_timeout_s of each role, and 10 s for processes to end: see dspark.drainSeconds. */}}
+{{- $drains := dict "head" 0 "gateway" (add 40 (int $v.pools.gateway.longestStreamSeconds)) "draft" 17 "verifier" 45 -}}
 {{- range $name, $drain := $drains -}}
 {{- $grace := (index $v.pools $name).terminationGracePeriodSeconds | int -}}
 {{- if le $grace (int $drain) -}}
