@@ -303,6 +303,17 @@ def test_values_are_rendered_and_what_they_want_is_looked_for(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("helm_on_path")
+def test_rights_in_the_namespace_alone_are_none_to_what_is_of_the_cluster(tmp_path: Path) -> None:
+    api = ready()
+    api.only_in = "serving"  # such as a Role of all verbs on all resources
+    code, report = diagnose(api, tmp_path, "--values", str(CHART / "values-trial.yaml"))
+    assert code == 1
+    got = of_level(report, "failed")["rights"]["got"]
+    assert "clusterrolebindings.rbac.authorization.k8s.io, clusterroles.rbac" in got
+    assert "services" not in got
+
+
+@pytest.mark.usefixtures("helm_on_path")
 def test_values_that_the_chart_refuses_are_told_in_its_words(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("redis: {mode: external}")
