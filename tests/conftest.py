@@ -19,19 +19,25 @@ settings.register_profile("dspark", derandomize=True, deadline=None)
 settings.load_profile("dspark")
 
 
-# They run services, Ray and stores beside each other and wait for events: one after the other.
-_OF_PROCESSES = ("e2e", "services", "unit/training/test_job.py")
+_TOGETHER = {
+    # They run services, Ray and stores beside each other and wait for events: one after the other.
+    "processes": ("e2e", "services", "unit/training/test_job.py"),
+    # They look at the same renderings of the chart, each of which is made once in a process.
+    "renderings": tuple(
+        f"chart/test_{n}.py" for n in ("objects", "policies", "security", "serve_config")
+    ),
+}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With pytest-xdist, whole files go to its workers, and those above to one of them."""
+    """With pytest-xdist, whole files go to its workers, and those above to one of them each."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # xdist is untyped
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0].removeprefix("tests/")
-            return "processes" if path.startswith(_OF_PROCESSES) else path
+            return next((name for name, files in _TOGETHER.items() if path.startswith(files)), path)
 
     return ByFile(config, log)
 

@@ -294,12 +294,12 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         "trial",
         {"pools.gateway.terminationGracePeriodSeconds": 30},
-        "pools.gateway.terminationGracePeriodSeconds is 30, and a pod needs 55 to drain, longestStreamSeconds among them: raise it",
+        "pools.gateway.terminationGracePeriodSeconds is 30, and a pod needs 70 to drain, longestStreamSeconds among them: raise it",
     ),
     (
         "trial",
         {"pools.verifier.terminationGracePeriodSeconds": 30},
-        "pools.verifier.terminationGracePeriodSeconds is 30, and a pod needs 35 to drain: raise it",
+        "pools.verifier.terminationGracePeriodSeconds is 30, and a pod needs 45 to drain: raise it",
     ),
     (
         "production",
@@ -335,6 +335,24 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         "trial",
         {"pools.draft.env": [{"name": "HOME", "value": "/x"}]},
         "pools.draft.env sets HOME, which the chart sets: leave it out",
+    ),
+    (
+        "trial",
+        {"pools.draft.env": [{"name": "HF_HUB_OFFLINE", "value": "0"}]},
+        "pools.draft.env sets HF_HUB_OFFLINE, which the chart sets: leave it out",
+    ),
+    (
+        "trial",
+        {
+            "pools.draft.volumes": [{"name": "x", "emptyDir": {}}],
+            "pools.draft.volumeMounts": [{"name": "x", "mountPath": "/models/"}],
+        },
+        "pools.draft.volumeMounts has /models, where the chart or KubeRay mounts its own: choose another",
+    ),
+    (
+        "trial",
+        {"commonLabels": {"app.kubernetes.io/instance": "x"}},
+        "commonLabels sets app.kubernetes.io/instance, which the chart sets: choose another label",
     ),
     (
         "trial",

@@ -8,7 +8,18 @@ import subprocess
 from typing import Any
 
 import pytest
-from helpers.chart import CHART, KUBERNETES, NAMESPACE, PROFILES, RELEASE, cases, helm, render
+import yaml
+from helpers.chart import (
+    CHART,
+    KUBERNETES,
+    NAMESPACE,
+    PROFILES,
+    RELEASE,
+    cases,
+    helm,
+    merged,
+    render,
+)
 from helpers.chart import profile_values as values_of
 from helpers.kube_schemas import faults
 
@@ -110,6 +121,17 @@ def test_labels_are_valid_and_name_the_release(case: str) -> None:
         assert one["metadata"].get("namespace") == (None if cluster_wide else NAMESPACE)
 
 
+def test_labels_of_one_kind_go_before_those_of_all() -> None:
+    own = {"monitoring": {"podMonitor": {"enabled": True, "labels": {"team": "b"}}}}
+    rendering = render({**cases()["trial"], **own, "commonLabels": {"team": "a"}})
+    (monitor,) = rendering.of("PodMonitor")
+    assert rendering.text.count("\n    team: b\n") == 1
+    assert monitor["metadata"]["labels"]["team"] == "b"
+    assert "team: a" not in yaml.safe_dump(monitor)
+    block = rendering.text.partition("kind: PodMonitor")[2].partition("spec:")[0]
+    assert block.count("team:") == 1  # twice would be refused, or the last taken
+
+
 def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     for key, value in selector.get("matchLabels", {}).items():
         if labels.get(key) != value:
@@ -156,6 +178,18 @@ def test_each_pool_has_one_budget(case: str) -> None:
         for one in rendering.of("PodDisruptionBudget")
     ]
     assert sorted(budgets) == sorted(pools)
+
+
+def test_a_budget_lets_a_pod_go_though_spare_ones_are_never_ready() -> None:
+    spare = {"schedulerReplicas": 3, "pools": {"verifier": {"minPods": 6}}}
+    kept = {
+        one["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"]: one["spec"]
+        for one in render(merged(cases()["production"], spare)).of("PodDisruptionBudget")
+    }
+    # Two gateways and two verifiers are the fewest that run; all other pods have no proxy of Serve.
+    assert {pool: spec["minAvailable"] for pool, spec in kept.items()} == {
+        "gateway": 1, "verifier": 1, "draft": 0,
+    }  # fmt: skip
 
 
 @every

@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 from helpers.chart import cases, containers, render
+from ray._private import ray_constants
+
+from dspark.services.draft.app import DraftReplica
+from dspark.services.gateway.app import Gateway
+from dspark.services.verifier.app import VerifierReplica
 
 every = pytest.mark.parametrize("case", cases())
+DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 SECRETS = ("not-a-real-key-0123456789", "a-password-for-redis")
 
 
@@ -35,6 +41,15 @@ def test_pods_are_restricted(case: str) -> None:
             assert not any("hostPort" in port for port in one.get("ports", []))
         folders = [volume for volume in spec.get("volumes", []) if "hostPath" in volume]
         assert not folders or cases()[case]["modelCache"]["type"] == "hostPath"
+
+
+def test_large_user_ids_stay_whole_numbers() -> None:
+    user = 1_000_650_000  # of OpenShift's ranges, where helm itself would write 1.00065e+09
+    ids = dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), user)
+    for name, pod in render({**cases()["production"], "podSecurity": ids}).pods.items():
+        context = pod["spec"]["securityContext"]
+        assert {key: context[key] for key in ids} == ids, name
+        assert all(isinstance(context[key], int) for key in ids), name
 
 
 @every
@@ -117,12 +132,19 @@ def test_accounts_may_do_little(case: str) -> None:
 
 @every
 def test_a_pod_has_time_to_drain(case: str) -> None:
-    rendering = render(cases()[case])
-    drain: Any
-    for name, group in rendering.groups.items():
+    """Clients first, then what Serve gives replicas, within Ray's limit, within the kubelet's."""
+    of_serve = {
+        "draft": DraftReplica, "verifier": VerifierReplica, "gateway": Gateway,
+    }  # fmt: skip
+    assert hasattr(ray_constants, DRAIN), "Ray has no such setting any more"
+    for name, group in render(cases()[case]).groups.items():
+        if name == "head":
+            continue
         spec = group["template"]["spec"]
-        drain = {"head": 0, "gateway": 0, "draft": 7, "verifier": 35}[name.removesuffix("-spot")]
-        if name == "gateway":
-            command = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-            drain = int(command[-1]) + 25
-        assert spec["terminationGracePeriodSeconds"] > drain, name
+        container = spec["containers"][0]
+        clients = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
+        assert (clients > 0) == (name == "gateway")
+        (of_ray,) = [int(one["value"]) for one in container["env"] if one["name"] == DRAIN]
+        replica: Any = of_serve[name.removesuffix("-spot")]
+        assert of_ray > replica._deployment_config.graceful_shutdown_timeout_s, name
+        assert spec["terminationGracePeriodSeconds"] >= clients + of_ray + 10, name

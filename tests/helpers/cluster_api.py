@@ -34,6 +34,7 @@ class ClusterApi:
     )
     forbidden: set[str] = field(default_factory=set)  # resources, in any namespace
     may_not_create: set[str] = field(default_factory=set)
+    only_in: str = ""  # rights are to this namespace, and to nothing of the cluster's own
     page: int = 3  # objects at most, whatever is asked for
     token: str = "t0ken"
     asked: list[str] = field(default_factory=list)
@@ -67,8 +68,10 @@ class ClusterApi:
         return 200, self._listed(found, query)
 
     def review(self, body: Raw) -> Raw:
-        resource = body["spec"]["resourceAttributes"]["resource"]
-        return {**body, "status": {"allowed": resource not in self.may_not_create}}
+        asked = body["spec"]["resourceAttributes"]
+        within = self.only_in in ("", asked["namespace"])
+        allowed = asked["resource"] not in self.may_not_create and within
+        return {**body, "status": {"allowed": allowed}}
 
     def _listed(self, found: list[Raw], query: dict[str, str]) -> Raw:
         name, _, value = query.get("labelSelector", "").partition("=")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.chart import CHART, helm
 from helpers.cluster_api import ClusterApi, read_objects, remove, serving
 from helpers.redis_server import RedisServer
 from helpers.tls_secrets import secret, tls_secret
@@ -278,6 +280,64 @@ def test_what_may_not_be_seen_is_said_and_not_taken_for_well(tmp_path: Path, red
     assert code == 0
     assert {"nodes", "KubeRay operator", "claim demo-dspark-models"} < unseen.keys()
     assert all("forbidden" in finding["got"] for finding in unseen.values())
+
+
+@pytest.fixture
+def helm_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(helm()).parent), prepend=os.pathsep)
+
+
+@pytest.mark.usefixtures("helm_on_path")
+def test_values_are_rendered_and_what_they_want_is_looked_for(tmp_path: Path) -> None:
+    trial = ("--values", str(CHART / "values-trial.yaml"))
+    code, report = diagnose(ready(), tmp_path, *trial)
+    assert (code, of_level(report, "failed"), of_level(report, "warning")) == (0, {}, {})
+    well = of_level(report, "ok")
+    assert {"pods head", "pods verifier", "pods draft", "claim dspark-models"} <= well.keys()
+    assert "comes with the chart" in well["Redis"]["got"]
+    mine = tmp_path / "mine.yaml"  # goes over the first, as with helm
+    mine.write_text("modelCache: {pvc: {storageClass: fast}}")
+    code, report = diagnose(ready(), tmp_path, *trial, "--values", str(mine))
+    assert code == 1
+    assert "no storage class fast" in of_level(report, "failed")["claim dspark-models"]["got"]
+
+
+@pytest.mark.usefixtures("helm_on_path")
+def test_rights_in_the_namespace_alone_are_none_to_what_is_of_the_cluster(tmp_path: Path) -> None:
+    api = ready()
+    api.only_in = "serving"  # such as a Role of all verbs on all resources
+    code, report = diagnose(api, tmp_path, "--values", str(CHART / "values-trial.yaml"))
+    assert code == 1
+    got = of_level(report, "failed")["rights"]["got"]
+    assert "clusterrolebindings.rbac.authorization.k8s.io, clusterroles.rbac" in got
+    assert "services" not in got
+
+
+@pytest.mark.usefixtures("helm_on_path")
+def test_values_that_the_chart_refuses_are_told_in_its_words(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("redis: {mode: external}")
+    refused = refusal(tmp_path, "--values", str(mine))
+    assert "redis.mode is external and redis.external.host is empty: name its host" in refused
+
+
+def test_values_without_helm_are_refused_with_the_way_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    values = ("--values", str(CHART / "values-trial.yaml"))
+    assert "render elsewhere and give the output to --manifests" in refusal(tmp_path, *values)
+    both = (*values, "--manifests", str(DATA / "manifests.yaml"))
+    assert "leave --values out" in refusal(tmp_path, *both)
+
+
+def refusal(folder: Path, *options: str) -> str:
+    """What is said where nothing could be looked at."""
+    with serving(ready(), folder) as kubeconfig:
+        command = ["doctor", "--kube", "--kubeconfig", kubeconfig, *options]
+        done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    return " ".join(done.stderr.split())
 
 
 def test_redis_that_does_not_answer_fails(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from dspark.cli.kube_doctor.reader import Reader
 # Groups without a dot, and those that Kubernetes itself serves.
 _BUILT_IN = ("k8s.io",)
 _NOT_BUILT_IN = ("gateway.networking.k8s.io",)
+# Of the chart's kinds those that are in no namespace, so that rights in one are none to them.
+_CLUSTER_WIDE = ("clusterroles", "clusterrolebindings", "priorityclasses")
 
 
 def check_before(
@@ -62,7 +64,9 @@ def _kinds(reader: Reader, wanted: Wanted, namespace: str) -> Iterator[Finding]:
         (version.rpartition("/")[0], resource_of(kind)) for version, kind in wanted.kinds
     )
     may = {
-        (group, resource): reader.may("create", group, resource, namespace)
+        (group, resource): reader.may(
+            "create", group, resource, "" if resource in _CLUSTER_WIDE else namespace
+        )
         for group, resource in resources
     }
     yield from check_rights(may, namespace)

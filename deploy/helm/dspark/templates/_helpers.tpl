@@ -25,9 +25,6 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{ include "dspark.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
 {{- end -}}
 
 {{/* metadata of an object. (root, name, component?, labels?, annotations?) */}}
@@ -42,7 +39,7 @@ labels:
   {{- with .component }}
   app.kubernetes.io/component: {{ . }}
   {{- end }}
-  {{- with .labels }}
+  {{- with merge (dict) (default (dict) .labels) $root.Values.commonLabels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
 {{- with merge (dict) (default (dict) .annotations) $root.Values.commonAnnotations }}
@@ -84,9 +81,9 @@ imagePullSecrets:
 {{/* Pod security "restricted", for pods and for containers. */}}
 {{- define "dspark.podSecurity" -}}
 runAsNonRoot: true
-runAsUser: {{ .Values.podSecurity.runAsUser }}
-runAsGroup: {{ .Values.podSecurity.runAsGroup }}
-fsGroup: {{ .Values.podSecurity.fsGroup }}
+runAsUser: {{ .Values.podSecurity.runAsUser | int64 }}
+runAsGroup: {{ .Values.podSecurity.runAsGroup | int64 }}
+fsGroup: {{ .Values.podSecurity.fsGroup | int64 }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
@@ -127,7 +124,10 @@ most: {{ $n }}
 {{- toJson (ternary (list "gateway" "verifier" "draft") (list "gateway" "verifier") .Values.pools.draft.enabled) -}}
 {{- end -}}
 
-{{/* Pods that hold so many replicas. (root, pool): {min, max}, of both of its groups together */}}
+{{/*
+Pods that hold so many replicas. (root, pool): {filled, min, max, needed}, of both of its groups
+together; filled: the fewest that have a replica at all.
+*/}}
 {{- define "dspark.pods" -}}
 {{- $pool := index .root.Values.pools .pool -}}
 {{- $replicas := include "dspark.replicas" . | fromYaml -}}
@@ -135,6 +135,7 @@ most: {{ $n }}
 {{- $least := div (add (int $replicas.least) $each -1) $each -}}
 {{- $most := div (add (int $replicas.most) $each -1) $each -}}
 {{- $min := ternary $least (int $pool.minPods) (kindIs "invalid" $pool.minPods) -}}
+filled: {{ $least }}
 min: {{ $min }}
 max: {{ ternary (max $most $min 1) (int $pool.maxPods) (kindIs "invalid" $pool.maxPods) }}
 needed: {{ $most }}

@@ -119,6 +119,10 @@ spec:
               key: {{ $root.Values.modelCache.prefetch.tokenSecretKey }}
         {{- end }}
         - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+        {{- if $worker }}
+        # How long Ray has Serve move and drain replicas, once it is told to end; its own is 30 s.
+        - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ include "dspark.drainSeconds" $v | quote }}}
+        {{- end }}
         {{- if and (eq $pool "head") (include "dspark.redisCa" $root) }}
         - {name: RAY_REDIS_CA_CERT, value: /etc/dspark/redis-ca/ca.crt}
         {{- end }}
@@ -131,7 +135,7 @@ spec:
       {{- end }}
       resources:
         {{- include "dspark.resources" $v | nindent 8 }}
-      {{- if eq $pool "gateway" }}
+      {{- if $worker }}
       lifecycle:
         preStop:
           exec:
@@ -139,17 +143,22 @@ spec:
               - python
               - -c
               - |
-                {{- $root.Files.Get "files/await_clients.py" | nindent 16 }}
-              - {{ $v.longestStreamSeconds | int | quote }}
+                {{- $root.Files.Get "files/end_worker.py" | nindent 16 }}
+              - {{ default 0 $v.longestStreamSeconds | int | quote }}
       {{- end }}
       {{- if $v.readinessProbe }}
       readinessProbe:
         {{- toYaml $v.readinessProbe | nindent 8 }}
       {{- else if eq $pool "gateway" }}
       # Ours goes beyond KubeRay's: only gateways that know a verifier get traffic, so that the second
-      # cluster of an upgrade gets none before it can answer.
+      # cluster of an upgrade gets none before it can answer. Serve's proxy answers for gateways on other
+      # pods, too; the gRPC listener is there with a gateway of this pod's own alone.
       readinessProbe:
-        httpGet: {path: /health, port: serve, scheme: {{ ternary "HTTPS" "HTTP" $root.Values.tls.http.enabled }}}
+        exec:
+          command:
+            - /bin/bash
+            - -c
+            - wget --tries=1 --timeout=4 -q -O /dev/null --no-check-certificate {{ ternary "https" "http" $root.Values.tls.http.enabled }}://127.0.0.1:8000/health && exec 3<>/dev/tcp/127.0.0.1/50051
         periodSeconds: 5
         timeoutSeconds: 5
         failureThreshold: 3
@@ -233,6 +242,11 @@ spec:
     {{- with $v.volumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
+{{- end -}}
+
+{{/* Of a pod's time to end, what Ray may drain for: all but clients' time and 10 s for its processes to end. */}}
+{{- define "dspark.drainSeconds" -}}
+{{- sub (int .terminationGracePeriodSeconds) (add 10 (int (default 0 .longestStreamSeconds))) -}}
 {{- end -}}
 
 {{/* Requests and limits of a pool's Ray container, its GPUs among them. */}}

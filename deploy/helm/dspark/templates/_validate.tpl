@@ -39,6 +39,17 @@ line names the key, what was got and what to do.
 {{- $wrong = append $wrong (printf "%s.digest is %q: write sha256: and 64 hexadecimal digits, as the registry has it" $where $image.digest) -}}
 {{- end -}}
 {{- end -}}
+{{- $labelled := dict "commonLabels" .Values.commonLabels "service.labels" .Values.service.labels -}}
+{{- range $object, $v := .Values.monitoring -}}
+{{- $_ := set $labelled (printf "monitoring.%s.labels" $object) $v.labels -}}
+{{- end -}}
+{{- range $key, $labels := $labelled -}}
+{{- range $label, $_ := $labels -}}
+{{- if or (eq $label "app.kubernetes.io/component") (hasKey (include "dspark.labels" $ | fromYaml) $label) -}}
+{{- $wrong = append $wrong (printf "%s sets %s, which the chart sets: choose another label" $key $label) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- if semverCompare "<2.56.0-0" .Values.ray.version -}}
 {{- $wrong = append $wrong (printf "ray.version is %s: the service needs 2.56 or newer; name the version that is in the images" .Values.ray.version) -}}
 {{- end -}}

@@ -75,13 +75,17 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- $drains := dict "head" 0 "gateway" (add 25 (int $v.pools.gateway.longestStreamSeconds)) "draft" 7 "verifier" 35 -}}
+{{- /* graceful_shutdown_timeout_s of each role, and 10 s for processes to end: see dspark.drainSeconds. */}}
+{{- $drains := dict "head" 0 "gateway" (add 40 (int $v.pools.gateway.longestStreamSeconds)) "draft" 17 "verifier" 45 -}}
 {{- range $name, $drain := $drains -}}
 {{- $grace := (index $v.pools $name).terminationGracePeriodSeconds | int -}}
 {{- if le $grace (int $drain) -}}
 {{- $wrong = append $wrong (printf "pools.%s.terminationGracePeriodSeconds is %d, and a pod needs %d to drain%s: raise it above that" $name $grace (int $drain) (ternary ", longestStreamSeconds among them" "" (eq $name "gateway"))) -}}
 {{- end -}}
 {{- end -}}
+{{- /* What is set twice is refused by the API, or silently wins. */}}
+{{- $ours := list "HOME" "TMPDIR" "DSPARK_CACHE" "HF_HOME" "RAY_USAGE_STATS_ENABLED" "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" -}}
+{{- if $v.modelCache.prefetch.enabled }}{{ $ours = append $ours "HF_HUB_OFFLINE" }}{{ else if $v.modelCache.prefetch.tokenSecret }}{{ $ours = append $ours "HF_TOKEN" }}{{ end -}}
 {{- range $name, $pool := $v.pools -}}
 {{- $reserved := list "tmp" "home" "models" "model-image" "tls-internal" "tls-grpc" "tls-http" "api-keys" "redis-password" "redis-ca" "ray-logs" "shared-mem" -}}
 {{- range $pool.volumes -}}
@@ -90,8 +94,14 @@
 {{- end -}}
 {{- end -}}
 {{- range $pool.env -}}
-{{- if has .name (list "HOME" "TMPDIR" "DSPARK_CACHE" "HF_HOME") -}}
+{{- if has .name $ours -}}
 {{- $wrong = append $wrong (printf "pools.%s.env sets %s, which the chart sets: leave it out" $name .name) -}}
+{{- end -}}
+{{- end -}}
+{{- range $pool.volumeMounts -}}
+{{- $path := trimSuffix "/" .mountPath -}}
+{{- if or (has $path (list "/tmp" "/tmp/ray" "/dev/shm" "/home/dspark" "/models" "/models/models")) (hasPrefix "/etc/dspark/" .mountPath) -}}
+{{- $wrong = append $wrong (printf "pools.%s.volumeMounts has %s, where the chart or KubeRay mounts its own: choose another path" $name $path) -}}
 {{- end -}}
 {{- end -}}
 {{- range $label, $_ := $pool.labels -}}
