@@ -25,13 +25,12 @@ import torch
 from imposed import Trace
 
 from dspark.config import EngineConfig
-from dspark.evaluation.throughput import measure
-from dspark.evaluation.virtual_time import Blocks, Clock, Machine, virtual_verifier
+from dspark.evaluation.throughput import Turn, arms
+from dspark.evaluation.virtual_time import Blocks, Clock, Machine, serve, virtual_verifier
 from dspark.models.graphs import ROW_BUCKETS
 from dspark.scheduling.step_table import StepTimeTable
 
 REQUESTS, ROWS, CONTEXTS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 3, 4, 6, 8), (64, 512, 2048)
-PROMPT, ANSWER = tuple(range(40)), 256  # tokens
 TEXTS = {"even": (0.7,), "mixed": (0.85, 0.5), "hard": (0.45,)}
 
 
@@ -76,30 +75,17 @@ def wrong(table: StepTimeTable, error: float) -> StepTimeTable:
 
 
 def compare(
-    machine: Machine,
-    blocks: Blocks,
-    users: int,
-    fixed: list[int],
-    *,
-    error: float,
-    seconds: float,
-) -> dict[str, tuple[float, float, float]]:
-    """By arm: speed against plain decoding, accepted length, draft tokens verified a step."""
+    machine: Machine, blocks: Blocks, users: int, fixed: list[int], *, error: float, seconds: float
+) -> dict[str, Turn]:
+    """What each arm brings, by itself and from its start."""
     config = EngineConfig(max_requests=users, cache_tokens=1024 * users, prompt_lookup=False)
-    clock = Clock()
-    with clock.running():
-        believed = wrong(machine.step, error) if error else None
+    believed = wrong(machine.step, error) if error else None
+    turns = {}
+    for arm, plan in arms(fixed).items():
+        clock = Clock()
         verifier = virtual_verifier(clock, machine, blocks, config, believed=believed)
-        cells = measure(
-            verifier,
-            [PROMPT],
-            concurrencies=[users],
-            max_tokens=ANSWER,
-            rounds=3,
-            fixed_lengths=fixed,
-            turn_s=seconds / 3,
-        )
-    return {c.arm: (c.against_off, c.accepted_length, c.verified_per_step) for c in cells}
+        turns[arm] = serve(verifier, clock, plan, users=users, seconds=seconds)
+    return turns
 
 
 def main() -> None:
@@ -109,7 +95,7 @@ def main() -> None:
     parser.add_argument("--text", action="append", choices=TEXTS, help="default: all")
     parser.add_argument("--trace", type=Path, help="blocks by benchmarks/imposed.py, for texts")
     parser.add_argument("--fixed", default="1,2,3,5,7", help="draft tokens of fixed blocks")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each arm, of virtual time")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each arm, of virtual time")
     parser.add_argument("--error", type=float, default=0.0)
     parser.add_argument("--jitter", type=float, default=0.0)
     parser.add_argument("--slow", type=float, default=1.0)
@@ -121,9 +107,9 @@ def main() -> None:
     else:
         trace = Trace.read(options.trace)
         texts = {options.trace.stem: Blocks([trace.confidences.numpy()], [trace.accepted.numpy()])}
-    arms = ["off", *(f"fixed {length}" for length in fixed), "adaptive"]
-    print(f"| machine | text | users | {' | '.join(arms[1:])} | τ | verified a step | regret |")
-    print("|---" * (len(arms) + 5) + "|")
+    names = [*arms(fixed)]
+    print(f"| machine | text | users | {' | '.join(names[1:])} | τ | verified a step | regret |")
+    print("|---" * (len(names) + 5) + "|")
     worst = -1.0
     for name in options.machine or MACHINES:
         machine = replace(MACHINES[name], jitter=options.jitter, slow=options.slow)
@@ -132,14 +118,14 @@ def main() -> None:
                 found = compare(
                     machine, blocks, users, fixed, error=options.error, seconds=options.seconds
                 )
-                speeds = [found[arm][0] for arm in arms]
-                _, accepted_length, verified = found["adaptive"]
+                speeds = [turn.tokens_per_s for turn in found.values()]
+                adaptive = found["adaptive"]
                 regret = max(speeds[:-1]) / speeds[-1] - 1.0
                 worst = max(worst, regret)
-                shown = " | ".join(f"{speed:.3f}" for speed in speeds[1:])
+                shown = " | ".join(f"{speed / speeds[0]:.3f}" for speed in speeds[1:])
                 print(
-                    f"| {name} | {text} | {users} | {shown} | {accepted_length:.2f} | "
-                    f"{verified:.2f} | {regret:+.1%} |",
+                    f"| {name} | {text} | {users} | {shown} | {adaptive.accepted_length:.2f} | "
+                    f"{adaptive.verified_per_step:.2f} | {regret:+.1%} |",
                     flush=True,
                 )
     print(f"\nat worst {worst:+.1%}")

@@ -68,8 +68,8 @@ def measure(
     stops, verifier.eos_token_ids = verifier.eos_token_ids, ()
     try:
         for concurrency in concurrencies:
-            users = _Users(verifier, prompts, concurrency, max_tokens)
-            turns: dict[str, list[_Turn]] = {arm: [] for arm in plans}
+            users = Users(verifier, prompts, concurrency, max_tokens)
+            turns: dict[str, list[Turn]] = {arm: [] for arm in plans}
             for _ in range(rounds):
                 for arm, plan in shuffled.sample(list(plans.items()), len(plans)):
                     verifier.set_plan(plan)
@@ -101,14 +101,16 @@ def measure(
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
+class Turn:
+    """What came of one arm's turn."""
+
     tokens_per_s: float
     accepted_length: float
     verified_per_step: float
     efficiency: float
 
 
-class _Users:
+class Users:
     """So many requests are always under way, none begun at the same time as another."""
 
     def __init__(
@@ -142,7 +144,7 @@ class _Users:
                 self._ask(self._max_tokens)
         return results
 
-    def work(self, seconds: float) -> _Turn:
+    def work(self, seconds: float) -> Turn:
         """Serve for about so long."""
         self._step()  # what the arm before has asked for is not this one's
         results: list[VerificationResult] = []
@@ -157,8 +159,9 @@ class _Users:
         verified = sum(result.verified for result in results)
         busy_s = self._verifier.drafting_s - drafted_s + stepped_ms / 1e3
         steps = len(results)
-        return _Turn(tokens / took, tokens / steps, verified / steps, busy_s / took)
+        return Turn(tokens / took, tokens / steps, verified / steps, busy_s / took)
 
     def leave(self) -> None:
+        """Drop what is under way."""
         for name in self._live:
             self._verifier.abort(name)

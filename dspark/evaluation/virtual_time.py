@@ -28,15 +28,17 @@ from dspark.engine.draft_link import LocalDraftLink
 from dspark.engine.draft_sessions import Rows
 from dspark.engine.drafting import Draft, DraftEngine
 from dspark.engine.verifier import VerifierEngine
+from dspark.evaluation.throughput import Turn, Users
 from dspark.kernels.attention_plan import pages_for
 from dspark.models.drafter import FeatureProjection
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetOutput
 from dspark.scheduling.step_table import StepTimeTable
-from dspark.types import Fence, FloatArray
+from dspark.types import Fence, FloatArray, StepPlan
 
 _VOCABULARY = 64
 _POSITIONS = 1 << 20
+_PROMPT = tuple(range(40))
 _STRETCH = 64  # tokens of a text that are of one kind
 
 
@@ -102,7 +104,7 @@ class Blocks:
 
     @classmethod
     def made_up(
-        cls, chances: Sequence[float], block_size: int, count: int = 4096, seed: int = 0
+        cls, chances: Sequence[float], block_size: int, count: int = 256, seed: int = 0
     ) -> Blocks:
         """Kinds of text whose tokens stand by so many chances on the average.
 
@@ -180,16 +182,13 @@ class _Drafter:
         return Draft(works, rules.kinds.tolist(), drawn)
 
     def _block(self, fence: Fence) -> tuple[FloatArray, int]:
-        """The same wherever a request stands, whatever shares its batch.
+        """Each text goes through all blocks of a kind in turn, so that settings soon had the same.
 
         Texts change from kind to kind on their way, not all at the same place.
         """
-        blocks = self._blocks
-        kind = (crc32(fence.session.encode()) + fence.committed_len // _STRETCH) % len(
-            blocks.accepted
-        )
-        pick = crc32(f"{fence.session}/{fence.committed_len}".encode())
-        pick %= len(blocks.accepted[kind])
+        blocks, text = self._blocks, crc32(fence.session.encode())
+        kind = (text + fence.committed_len // _STRETCH) % len(blocks.accepted)
+        pick = (text + fence.round) % len(blocks.accepted[kind])
         return blocks.confidences[kind][pick], int(blocks.accepted[kind][pick])
 
 
@@ -202,7 +201,7 @@ def virtual_verifier(
     believed: StepTimeTable | None = None,  # the engine's table; None: the machine's own
     seed: int = 0,
 ) -> VerifierEngine:
-    """A verifier of such a machine, with its drafter; to be stepped while the clock is running."""
+    """A verifier of such a machine, with its drafter; `serve` steps it."""
     passing = _Passing(clock, machine, seed)
     drafter = DraftEngine(_Drafter(passing, blocks), pages_for(config.cache_tokens) + 1)
     verifier = VerifierEngine(
@@ -214,3 +213,18 @@ def virtual_verifier(
     )
     verifier.table = believed or machine.step
     return verifier
+
+
+def serve(
+    verifier: VerifierEngine,  # a virtual one
+    clock: Clock,
+    plan: StepPlan,
+    *,
+    users: int,
+    seconds: float,
+    answer_tokens: int = 256,
+) -> Turn:
+    """So many users, each asking again as soon as it is answered, by one plan."""
+    with clock.running():
+        verifier.set_plan(plan)
+        return Users(verifier, [_PROMPT], users, answer_tokens).work(seconds)

@@ -11,12 +11,13 @@ from collections.abc import Callable
 import pytest
 
 from dspark.config import EngineConfig
-from dspark.evaluation.throughput import ThroughputCell, measure
-from dspark.evaluation.virtual_time import Blocks, Clock, Machine, virtual_verifier
+from dspark.evaluation.throughput import arms
+from dspark.evaluation.virtual_time import Blocks, Clock, Machine, serve, virtual_verifier
 from dspark.scheduling.step_table import StepTimeTable
 
 MOST_LOST = 0.02
 FIXED = [1, 3, 7]
+SECONDS = 10.0  # of virtual time, from a start without any experience
 
 
 def machine(step_ms: Callable[[int, int, int], float]) -> Machine:
@@ -42,26 +43,16 @@ STEEP = machine(lambda r, t, c: 12.0 + t + 1e-4 * r * c)
 def test_adaptive_keeps_up_with_the_best_fixed_setting(
     on: Machine, users: int, drafts: bool
 ) -> None:
-    clock, blocks = Clock(), Blocks.made_up([0.8, 0.5], block_size=7)
+    blocks = Blocks.made_up([0.8, 0.5], block_size=7)
     config = EngineConfig(max_requests=users, cache_tokens=512 * users, prompt_lookup=False)
-    with clock.running():
-        cells = measure(
-            virtual_verifier(clock, on, blocks, config),
-            [tuple(range(40))],
-            concurrencies=[users],
-            max_tokens=200,
-            rounds=3,
-            fixed_lengths=FIXED,
-            turn_s=3.0,
-        )
-    speeds = {cell.arm: cell.against_off for cell in cells}
-    adaptive = speeds.pop("adaptive")
-    assert adaptive >= (1.0 - MOST_LOST) * max(speeds.values()), cells
+    turns = {}
+    for arm, plan in arms(FIXED).items():
+        clock = Clock()
+        verifier = virtual_verifier(clock, on, blocks, config)
+        turns[arm] = serve(verifier, clock, plan, users=users, seconds=SECONDS, answer_tokens=200)
+    adaptive = turns.pop("adaptive")
+    speeds = {arm: turn.tokens_per_s for arm, turn in turns.items()}
+    assert adaptive.tokens_per_s >= (1.0 - MOST_LOST) * max(speeds.values()), (speeds, adaptive)
     # It is no tie of those who do nothing: drafting pays by far here, or loses by far there.
-    assert (max(speeds.values()) > 1.2) == drafts
-    assert (_of(cells, "adaptive").verified_per_step > 1.0) == drafts
-
-
-def _of(cells: list[ThroughputCell], arm: str) -> ThroughputCell:
-    (found,) = (cell for cell in cells if cell.arm == arm)
-    return found
+    assert (max(speeds.values()) > 1.2 * speeds["off"]) == drafts
+    assert (adaptive.verified_per_step > 1.0) == drafts
