@@ -19,9 +19,11 @@ settings.register_profile("dspark", derandomize=True, deadline=None)
 settings.load_profile("dspark")
 
 
+# Files that go to one worker of pytest-xdist. The first take longest by far, so they begin first.
 _TOGETHER = {
-    # They run services, Ray and stores beside each other and wait for events: one after the other.
-    "processes": ("e2e", "services", "unit/training/test_job.py"),
+    # They run Ray, services and stores beside each other and wait for events: one after the other.
+    "e2e": ("e2e",),
+    "services": ("services",),
     # They look at the same renderings of the chart, each of which is made once in a process.
     "renderings": tuple(
         f"chart/test_{n}.py" for n in ("objects", "policies", "security", "serve_config")
@@ -29,16 +31,26 @@ _TOGETHER = {
 }
 
 
+def _scope(nodeid: str) -> str:
+    path = nodeid.partition("::")[0].removeprefix("tests/")
+    return next((name for name, files in _TOGETHER.items() if path.startswith(files)), path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(_TOGETHER)}
+    items.sort(key=lambda item: order.get(_scope(item.nodeid), len(order)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With pytest-xdist, whole files go to its workers, and those above to one of them each."""
+    """With pytest-xdist, whole files go to its workers, in the order of their collection."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # xdist is untyped
         def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.partition("::")[0].removeprefix("tests/")
-            return next((name for name, files in _TOGETHER.items() if path.startswith(files)), path)
+            return _scope(nodeid)
 
+    config.option.loadscopereorder = False
     return ByFile(config, log)
 
 
