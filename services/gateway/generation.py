@@ -95,7 +95,7 @@ class Generator:
         with self._admitted():
             context_tokens = await self._context_tokens()
             prompt = await self._encoder.encode(asked.prompt, asked.prompt_field, context_tokens)
-            sampling = fit(sampling, asked.wish, len(prompt), context_tokens)
+            sampling = fit(sampling, asked, len(prompt), context_tokens)
             request = Request(
                 f"gen-{uuid4().hex}", prompt, sampling, service_class=asked.service_class
             )
