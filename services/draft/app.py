@@ -50,6 +50,7 @@ class DraftReplica:
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
         self._config, self._reconfiguring = config, Reconfiguring()
         self._incarnation = f"draft-{uuid4().hex[:12]}"
+        transport = open_transport(config.network)  # before what takes long, since it may refuse
         model = with_threads(config.model)
         folder = drafter_folder(model)
         engine = await compute_apart(load_draft_engine, model, config.draft)
@@ -60,7 +61,6 @@ class DraftReplica:
         self._busy_beat = Share(0.0, time.monotonic())  # for the scheduler
         self._worker.start()
         host = ray.util.get_node_ip_address()
-        transport = open_transport(config.network)
         self._server = ReplicaServer(certificates=transport.certificates)
         self._servicer = DraftServicer(
             self._worker,
