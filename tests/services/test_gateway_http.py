@@ -547,6 +547,19 @@ async def test_models(cluster: Cluster) -> None:
     assert (model["id"], model["object"], model["max_model_len"]) == (MODEL, "model", 512)
 
 
+async def test_a_verifier_that_does_not_say_what_it_takes_is_asked() -> None:
+    async with running_gateway(context_tokens=0) as cluster, cluster.http() as http:
+        await assert_serving(http)
+        (model,) = (await http.get("/v1/models")).json()["data"]
+        assert model["max_model_len"] is None
+        details = "more than the context of 9: lower max_tokens"
+        invalid = grpc.StatusCode.INVALID_ARGUMENT
+        cluster.verifier.scripts.append(Script(fail_at=0, code=invalid, details=details))
+        answer = await http.post(TEXT_PATH, json={**TEXT, "max_tokens": 100_000})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"] == details
+
+
 async def test_health_follows_verifiers() -> None:
     nobody = running_gateway(verifiers=0, wait=False, first_wait_s=0.1)
     async with nobody as cluster, cluster.http() as http:
