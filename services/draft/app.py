@@ -17,7 +17,6 @@ from dspark.applications import DRAFT, Reconfiguring
 from dspark.config import ServeConfig
 from dspark.engine.assembly import drafter_folder, load_draft_engine
 from dspark.engine.threads import compute_apart
-from dspark.errors import UnavailableError
 from dspark.models.checkpoint import fingerprint
 from dspark.pb import draft_pb2, draft_pb2_grpc, scheduler_pb2
 from dspark.rpc.lease import LeaseKeeper
@@ -106,9 +105,11 @@ class DraftReplica:
         return to_stats(DraftSignals(self._busy.look(self._worker.busy_s, time.monotonic())))
 
     async def check_health(self) -> None:
-        """Raises when the engine failed or the server does not answer: Serve then replaces us."""
-        if self._worker.failure is not None:
-            raise UnavailableError(f"the draft engine failed: {self._worker.failure}")
+        """Raises when the engine failed or hangs, or the server does not answer.
+
+        Serve then replaces us.
+        """
+        self._worker.check(self._config.draft.max_run_s)
         await self._server.check()
 
     async def __del__(self) -> None:
