@@ -74,6 +74,10 @@ class EngineConfig:
     cache_tokens: int = 32768  # positions of KV cache, over all requests
     prefill_chunk_tokens: int = 256  # prompt tokens in one step, at most
     prefill_stretch: float = 3.0  # such a step may take this many times one without prompts
+    # In a step for longer, an engine hangs, and its replica is replaced; 0: for ever. A step has
+    # prefill_chunk_tokens of prompts at most, so that none takes nearly as long, its first use of
+    # kernels included; and clients do not wait for much more than that.
+    max_step_s: float = 300.0
     prefix_cache: bool = True  # prompts that begin alike share pages
     check_pages: bool = False  # audit page ownership after every step; an error ends the engine
     policy: str = "adaptive"  # adaptive | fixed | off
@@ -93,6 +97,7 @@ class EngineConfig:
         positive(self, "max_requests", "max_waiting", "cache_tokens", "prefill_chunk_tokens")
         if not 0.0 <= self.max_queue_s < math.inf:
             raise ConfigError(f"max_queue_s must be 0 (no limit) or more; got {self.max_queue_s}")
+        between(self, 0.0, 1e6, "max_step_s")
         if not self.prefill_stretch >= 1.0:
             raise ConfigError(f"prefill_stretch must be at least 1; got {self.prefill_stretch}")
         if self.policy not in ("adaptive", "fixed", "off"):
@@ -138,6 +143,8 @@ class DraftConfig:
     cache_tokens: int = 65536  # positions of context, over all sessions
     max_batch_works: int = 64  # works drafted for together; one verifier's batch is not split
     max_streams: int = 32  # verifiers served at once
+    max_run_s: float = 300.0  # in a run for longer, a replica hangs and is replaced; 0: for ever
 
     def __post_init__(self) -> None:
+        between(self, 0.0, 1e6, "max_run_s")
         positive(self, "cache_tokens", "max_batch_works", "max_streams")

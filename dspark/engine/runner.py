@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -48,6 +49,7 @@ class EngineRunner:
         self._stopping = False
         self._wanting, self._missed = Share(), Share()
         self.failure: BaseException | None = None
+        self._stepping_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="verifier-engine", daemon=True)
 
     def start(self) -> None:
@@ -100,6 +102,17 @@ class EngineRunner:
     def set_calibration(self, table: CalibrationTable) -> None:
         """Offer a table to the engine before the next step."""
         self._post(lambda: self._engine.calibration.offer(table))
+
+    def check(self) -> None:
+        """UnavailableError if the engine failed, or hangs in a step; never waits."""
+        if self.failure is not None:
+            raise UnavailableError(f"the engine failed: {self.failure}")
+        since, most_s = self._stepping_since, self.config.max_step_s
+        if since is not None and 0 < most_s < time.monotonic() - since:
+            raise UnavailableError(
+                f"the engine has been at one step for more than {most_s:g} s, and may never end "
+                "it: replace the replica, or raise engine.max_step_s if its steps take so long"
+            )
 
     @property
     def config(self) -> EngineConfig:
@@ -170,9 +183,11 @@ class EngineRunner:
         try:
             while not self._stopping and self.failure is None:
                 with self._wake:
+                    self._stepping_since = None
                     self._wake.wait_for(
                         lambda: self._inbox or self._engine.has_work or self.failure is not None
                     )
+                    self._stepping_since = time.monotonic()
                     actions = list(self._inbox)
                     self._inbox.clear()
                 for action in actions:

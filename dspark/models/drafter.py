@@ -33,6 +33,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from dspark.config import MAX_BLOCK_SIZE
 from dspark.decoding.drawing import likeliest_logit
 from dspark.errors import CheckpointError
 from dspark.models import families
@@ -75,8 +76,10 @@ class DrafterConfig:
         missing = {"model_type", "hidden_size"} - self.backbone.keys()
         if missing:
             raise CheckpointError(f"the drafter's backbone does not say its {sorted(missing)}")
-        if self.block_size < 1:
-            raise CheckpointError(f"block_size must be at least 1; got {self.block_size}")
+        if not 1 <= self.block_size <= MAX_BLOCK_SIZE:  # more would not cross the wire
+            raise CheckpointError(
+                f"block_size must be between 1 and {MAX_BLOCK_SIZE}; got {self.block_size}"
+            )
         layers = self.target_layer_ids
         if not layers or min(layers) < 0 or list(layers) != sorted(set(layers)):
             raise CheckpointError(f"target_layer_ids must rise from 0 or later; got {list(layers)}")

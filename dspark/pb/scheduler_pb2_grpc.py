@@ -84,8 +84,9 @@ class SchedulerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Place(self, request, context):
-        """Chooses a verifier for a request. NOT_FOUND: nobody hosts the model; UNAVAILABLE: not at the
-        moment; RESOURCE_EXHAUSTED: the queues of all are full, with a retry time.
+        """Chooses a verifier for a request that fits there. NOT_FOUND: nobody hosts the model;
+        UNAVAILABLE: not at the moment; RESOURCE_EXHAUSTED: the queues of all are full, with a retry
+        time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,8 +37,12 @@ class Replica:
     address: str
     model: str = ""
     drafter_fingerprint: str = ""
-    max_context_tokens: int = 0
+    max_context_tokens: int = 0  # 0: not told
     step_times_fingerprint: str = ""
+
+    def takes(self, positions: int) -> bool:
+        """Whether a request of so many may be sent there, for all that is known."""
+        return not self.max_context_tokens or positions <= self.max_context_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +172,8 @@ class Cluster:
         """The verifier for a request; the same again for a repeated call.
 
         Raises ModelNotFoundError when nobody ever hosted the model, UnavailableError when nobody
-        does now. A verifier that is full says so itself, and the caller tries the next.
+        that the request fits does now. A verifier that is full says so itself, and the caller tries
+        the next.
         """
         candidates = self.verifiers(model)
         if not candidates:
@@ -176,12 +181,18 @@ class Cluster:
                 raise UnavailableError(f"no verifier of {model!r} is up at the moment; retry")
             hosted = ", ".join(sorted(self._models)) or "none yet"
             raise ModelNotFoundError(f"no verifier hosts {model!r}; hosted here: {hosted}")
-        shunned = set(avoid)
-        wanted = [m for m in candidates if m.replica.incarnation not in shunned] or candidates
+        ask, shunned = ask or Ask(), set(avoid)
+        fitting = [m for m in candidates if m.replica.takes(ask.positions)]
+        if not fitting:
+            largest = max(m.replica.max_context_tokens for m in candidates)
+            raise UnavailableError(
+                f"a request of {ask.positions} positions fits no verifier of {model!r} that is up "
+                f"at the moment; the largest takes {largest}: retry"
+            )
+        wanted = [m for m in fitting if m.replica.incarnation not in shunned] or fitting
         for member in wanted:
             if request_id in member.placed:
                 return member.replica
-        ask = ask or Ask()
         name = choose([m.candidate for m in wanted], ask).name
         self._members[name].placed[request_id] = ask.prompt_tokens
         return self._members[name].replica

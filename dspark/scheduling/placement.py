@@ -68,6 +68,11 @@ class Ask:
     max_tokens: int = 0  # of its answer
     cached: Mapping[str, int] = field(default_factory=dict)  # prompt tokens given before, by name
 
+    @property
+    def positions(self) -> int:
+        """Of prompt and answer."""
+        return self.prompt_tokens + self.max_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:

@@ -17,7 +17,6 @@ from dspark.applications import DRAFT, Reconfiguring
 from dspark.config import ServeConfig
 from dspark.engine.assembly import drafter_folder, load_draft_engine
 from dspark.engine.threads import compute_apart
-from dspark.errors import UnavailableError
 from dspark.models.checkpoint import fingerprint
 from dspark.pb import draft_pb2, draft_pb2_grpc, scheduler_pb2
 from dspark.rpc.lease import LeaseKeeper
@@ -50,6 +49,7 @@ class DraftReplica:
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
         self._config, self._reconfiguring = config, Reconfiguring()
         self._incarnation = f"draft-{uuid4().hex[:12]}"
+        transport = open_transport(config.network)  # before what takes long, since it may refuse
         model = with_threads(config.model)
         folder = drafter_folder(model)
         engine = await compute_apart(load_draft_engine, model, config.draft)
@@ -60,7 +60,6 @@ class DraftReplica:
         self._busy_beat = Share(0.0, time.monotonic())  # for the scheduler
         self._worker.start()
         host = ray.util.get_node_ip_address()
-        transport = open_transport(config.network)
         self._server = ReplicaServer(certificates=transport.certificates)
         self._servicer = DraftServicer(
             self._worker,
@@ -106,9 +105,11 @@ class DraftReplica:
         return to_stats(DraftSignals(self._busy.look(self._worker.busy_s, time.monotonic())))
 
     async def check_health(self) -> None:
-        """Raises when the engine failed or the server does not answer: Serve then replaces us."""
-        if self._worker.failure is not None:
-            raise UnavailableError(f"the draft engine failed: {self._worker.failure}")
+        """Raises when the engine failed or hangs, or the server does not answer.
+
+        Serve then replaces us.
+        """
+        self._worker.check(self._config.draft.max_run_s)
         await self._server.check()
 
     async def __del__(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from dspark.engine.drafting import DraftEngine
 from dspark.engine.threads import use_all_threads
+from dspark.errors import UnavailableError
 from dspark.scheduling.fair_queue import FairQueue
 from dspark.types import BlockProposal, DraftWork, ResyncRequest
 
@@ -53,6 +54,7 @@ class DraftWorker:
         self._sessions: dict[int, set[str]] = {}
         self._thread = threading.Thread(target=self._run, name="draft-engine", daemon=True)
         self.failure: BaseException | None = None
+        self._running_since: float | None = None
         self.busy_s = 0.0  # spent on work since the start
         self._works = self._works_s = 0.0  # done lately, and the time that they took
 
@@ -65,6 +67,18 @@ class DraftWorker:
     def works_per_s(self) -> float:
         """Works done lately in a second of work; 0 before the first."""
         return self._works / self._works_s if self._works_s else 0.0
+
+    def check(self, max_run_s: float) -> None:
+        """UnavailableError if the engine failed, or hangs in a run; 0: it may take for ever."""
+        if self.failure is not None:
+            raise UnavailableError(f"the draft engine failed: {self.failure}")
+        since = self._running_since
+        if since is not None and 0 < max_run_s < time.monotonic() - since:
+            raise UnavailableError(
+                f"the draft engine has been at one run for more than {max_run_s:g} s, and may "
+                "never end it: replace the replica, or raise draft.max_run_s if its runs take so "
+                "long"
+            )
 
     def most_waiting(self) -> int:
         """The most works that waited behind a run since the last call."""
@@ -117,7 +131,9 @@ class DraftWorker:
     def _next_run(self) -> list[_Job | _Free]:
         """Empty when it is time to stop."""
         with self._wake:
+            self._running_since = None
             self._wake.wait_for(lambda: self._queue or self._stopping)
+            self._running_since = time.monotonic()
             run = self._queue.take(self.max_batch_works)
             self._most_waiting = max(self._most_waiting, self._queue.works)
             return run

@@ -26,7 +26,8 @@ class ClusterView:
         self._verifiers = tuple(v for v in answer.verifiers if v.model == self._model)
         if self._verifiers:
             # The smallest: what is let in can then be continued on any of them.
-            self._context_tokens = min(v.max_context_tokens for v in self._verifiers)
+            told = [v.max_context_tokens for v in self._verifiers if v.max_context_tokens]
+            self._context_tokens = min(told, default=0)
             self._known.set()
 
     @property
@@ -41,7 +42,7 @@ class ClusterView:
 
     @property
     def context_tokens(self) -> int:
-        """Positions that a request may take, by the last verifiers heard of; 0 before any."""
+        """Positions that a request may take, by the last verifiers heard of; 0: none has told."""
         return self._context_tokens
 
     @property

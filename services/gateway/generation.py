@@ -18,6 +18,7 @@ from dspark.services.gateway.speculation import SpeculationStats, SpeculationTal
 from dspark.services.gateway.text_stream import TextSpan, TextStream
 from dspark.services.gateway.tokenizing import PromptEncoder
 from dspark.types import FinishReason, Request
+from dspark.wire.bounds import MAX_POSITION
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Generator:
         with self._admitted():
             context_tokens = await self._context_tokens()
             prompt = await self._encoder.encode(asked.prompt, asked.prompt_field, context_tokens)
-            sampling = fit(sampling, asked.wish, len(prompt), context_tokens)
+            sampling = fit(sampling, asked, len(prompt), context_tokens)
             request = Request(
                 f"gen-{uuid4().hex}", prompt, sampling, service_class=asked.service_class
             )
@@ -158,4 +159,4 @@ class Generator:
                 f"no verifier of {self.model!r} has been heard of yet: it may still be loading; "
                 "retry in a while, or look into the verifier's and scheduler's logs"
             )
-        return self.cluster.context_tokens
+        return self.cluster.context_tokens or MAX_POSITION  # it is for the verifier to refuse

@@ -1,38 +1,56 @@
 """What clients of the OpenAI API may send. Anything else is refused by name, never ignored.
 
 Of OpenAI's parameters that are not supported, the values that ask for nothing (n 1, penalties 0,
-no logprobs) are accepted, and so are those that cannot change the output, such as `user`. A null
-says nothing, in a field that is not known either: clients send back messages with every field that
-their library has.
+no logprobs, no tools) are accepted, and so are those that cannot change the output, such as `user`.
+A null says nothing, in a field that is not known either: clients send back messages with every
+field that their library has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Literal
+import reprlib
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dspark.services.gateway.request import GenerationRequest, SamplingWish, Turn
 from dspark.types import VerifyMode
 
 
-def _only(neutral: object) -> AfterValidator:
+def _only(*neutral: object) -> AfterValidator:
     def check(value: object) -> object:
-        if value != neutral or isinstance(value, bool) != isinstance(neutral, bool):  # 0 == False
-            raise ValueError(f"only {neutral!r} is supported, got {value!r}: leave it out")
-        return value
+        for one in neutral:
+            if value == one and isinstance(value, bool) == isinstance(one, bool):  # 0 == False
+                return value
+        supported, got = " or ".join(map(repr, neutral)), reprlib.repr(value)
+        raise ValueError(f"only {supported} is supported, got {got}: leave it out")
 
     return AfterValidator(check)
 
 
-def _text(what: str) -> Callable[[object], object]:
-    def check(value: object) -> object:
-        if not isinstance(value, str):
-            raise ValueError(f"{what}; got {type(value).__name__}")
+def _joined_text(value: object) -> object:
+    """Of text parts, the lines of one text, as vLLM makes of them."""
+    if isinstance(value, str):
         return value
+    if not isinstance(value, list):
+        raise ValueError(f"must be a string or a list of text parts; got {type(value).__name__}")
+    if not value:
+        raise ValueError("a list of content parts needs at least one")
+    return "\n".join(_text_of(i, part) for i, part in enumerate(value))
 
-    return check
+
+def _text_of(i: int, part: object) -> str:
+    said = part if isinstance(part, dict) else {}
+    kind, text = said.get("type"), said.get("text")
+    if isinstance(kind, str) and kind != "text":
+        raise ValueError(f"part {i} is of type {reprlib.repr(kind)}; only 'text' is supported")
+    more = [name for name, one in said.items() if name not in ("type", "text") and one is not None]
+    if kind != "text" or not isinstance(text, str) or more:
+        raise ValueError(
+            f"part {i} must be {{'type': 'text', 'text': '…'}} and no more; got "
+            f"{reprlib.repr(part)}"
+        )
+    return text
 
 
 def _single_prompt(value: object) -> object:
@@ -70,15 +88,17 @@ class StreamOptions(_Strict):
     """How a stream ends."""
 
     include_usage: bool | None = None
+    include_obfuscation: Annotated[bool | None, _only(False)] = None
 
 
 class ChatMessage(_Strict):
     """One turn."""
 
     role: str
-    content: Annotated[
-        str, BeforeValidator(_text("must be a string; lists of content parts are not supported"))
-    ]
+    content: Annotated[str, BeforeValidator(_joined_text)]
+    # Only the values that say nothing.
+    tool_calls: Annotated[Any, _only([])] = None
+    annotations: Annotated[Any, _only([])] = None
 
 
 class _Common(_Strict):
@@ -105,6 +125,7 @@ class _Common(_Strict):
     presence_penalty: Annotated[float | None, _only(0)] = None
     frequency_penalty: Annotated[float | None, _only(0)] = None
     logprobs: Annotated[bool | int | None, _only(False)] = None
+    logit_bias: Annotated[Any, _only({})] = None
 
     @property
     def include_usage(self) -> bool:
@@ -131,7 +152,18 @@ class ChatCompletionRequest(_Common):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = None  # OpenAI's newer name of max_tokens; it wins
+    # OpenAI's newer name of max_tokens; it wins. Its bound is told here, by that name.
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    parallel_tool_calls: bool | None = None  # without effect, as there are no tools
+    # Only the values that ask for nothing.
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    functions: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only("none", "auto")] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+    store: Annotated[Any, _only(False)] = None
+    top_logprobs: Annotated[Any, _only(0)] = None
 
     def generation_request(self) -> GenerationRequest:
         """What it asks for, in our terms."""
@@ -141,6 +173,7 @@ class ChatCompletionRequest(_Common):
             prompt=tuple(Turn(m.role, m.content) for m in self.messages),
             prompt_field="messages",
             wish=self._wish(self.max_tokens if newer is None else newer),
+            max_tokens_field="max_tokens" if newer is None else "max_completion_tokens",
             stop=tuple(self.stop or ()),
             service_class=self._service_class,
             class_field="service_tier",
@@ -151,6 +184,10 @@ class CompletionRequest(_Common):
     """POST /v1/completions."""
 
     prompt: Annotated[str, BeforeValidator(_single_prompt)]
+    # Only the values that ask for nothing.
+    echo: Annotated[Any, _only(False)] = None
+    best_of: Annotated[Any, _only(1)] = None
+    suffix: Annotated[Any, _only("")] = None
 
     def generation_request(self) -> GenerationRequest:
         """What it asks for, in our terms."""

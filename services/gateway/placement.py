@@ -49,7 +49,7 @@ class Placement:
         """
         channel = self._scheduler()
         if channel is None:
-            return self._choose(avoid)
+            return self._choose(request, avoid)
         message = pb.PlaceRequest(
             request_id=request.id,
             model=model,
@@ -65,7 +65,7 @@ class Placement:
         except grpc.aio.AioRpcError as error:
             if error.code() not in _ANSWERED:
                 log.warning("placing without the scheduler: %s", error.details())
-                return self._choose(avoid)
+                return self._choose(request, avoid)
             refusal = from_rpc_error(error)
             if isinstance(refusal, ModelNotFoundError):
                 # The gateway has checked the name: its verifiers are not there, yet or any more.
@@ -76,12 +76,17 @@ class Placement:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            return self._choose(avoid)
+            return self._choose(request, avoid)
         return answer.verifier
 
-    def _choose(self, avoid: Collection[str]) -> pb.Replica:
+    def _choose(self, request: Request, avoid: Collection[str]) -> pb.Replica:
+        positions = len(request.prompt_token_ids) + request.sampling.max_tokens
         known = self._cluster.verifiers
-        candidates = [v for v in known if v.incarnation not in avoid] or known
+        fitting = [v for v in known if positions <= (v.max_context_tokens or positions)]
+        candidates = [v for v in fitting if v.incarnation not in avoid] or fitting
         if not candidates:
-            raise UnavailableError("no verifier is known, and the scheduler is out of reach")
+            which = f" that takes {positions} positions" if known else ""
+            raise UnavailableError(
+                f"no verifier{which} is known, and the scheduler is out of reach"
+            )
         return random.choice(candidates)

@@ -9,7 +9,7 @@ from typing import Any
 from dspark.errors import InvalidRequestError
 from dspark.types import SamplingParams, VerifyMode
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant")
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
 _MAX_UINT32 = 2**32 - 1  # what the wire takes
@@ -47,6 +47,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     service_class: str = ""  # empty: the default
     class_field: str = "service_class"  # what the protocol calls it, for errors
+    max_tokens_field: str = "max_tokens"  # likewise
 
     def __post_init__(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -80,17 +81,18 @@ def sampling_of(wish: SamplingWish) -> SamplingParams:
 
 
 def fit(
-    sampling: SamplingParams, wish: SamplingWish, prompt_tokens: int, context_tokens: int
+    sampling: SamplingParams, asked: GenerationRequest, prompt_tokens: int, context_tokens: int
 ) -> SamplingParams:
     """max_tokens within the context: the default is cut to what is left, a wish is refused."""
     room = context_tokens - prompt_tokens
-    if wish.max_tokens is None:
+    wished, field = asked.wish.max_tokens, asked.max_tokens_field
+    if wished is None:
         return replace(sampling, max_tokens=min(sampling.max_tokens, room))
-    if wish.max_tokens > room:
+    if wished > room:
         raise InvalidRequestError(
-            f"max_tokens {wish.max_tokens} and a prompt of {prompt_tokens} tokens exceed the "
-            f"context of {context_tokens}: ask for at most {room}, or leave max_tokens out",
-            param="max_tokens",
+            f"{field} {wished} and a prompt of {prompt_tokens} tokens exceed the context of "
+            f"{context_tokens}: ask for at most {room}, or leave {field} out",
+            param=field,
         )
     return sampling
 

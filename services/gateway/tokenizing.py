@@ -67,9 +67,12 @@ class PromptEncoder:
                 "(`prompt` of /v1/completions, `text` of Generate)",
                 param=field,
             )
+        # OpenAI's newer name of the system, which few templates know.
+        known = "developer" in self._tokenizer.get_chat_template()
+        roles = {} if known else {"developer": "system"}
         try:
             text: str = self._tokenizer.apply_chat_template(
-                [{"role": turn.role, "content": turn.content} for turn in turns],
+                [{"role": roles.get(t.role, t.role), "content": t.content} for t in turns],
                 tokenize=False,
                 add_generation_prompt=True,
             )

@@ -57,10 +57,11 @@ class Placing:
         """A verifier for a request.
 
         Raises InvalidRequestError for prefixes that cannot be, OverloadedError when the queues of
-        all are full, and what Cluster.place does.
+        all that it fits are full, and what Cluster.place does.
         """
         prefixes = _prefixes(asked)
-        hosts = self._cluster.verifiers(asked.model)
+        positions = asked.prompt_tokens + asked.max_tokens
+        hosts = [m for m in self._cluster.verifiers(asked.model) if m.replica.takes(positions)]
         full = [m for m in hosts if self._is_full(m)]
         if full and len(full) == len(hosts) and not asked.let_in:
             raise OverloadedError(

@@ -16,7 +16,6 @@ from dspark.config import ServeConfig
 from dspark.engine.assembly import load_target, make_verifier
 from dspark.engine.runner import EngineRunner
 from dspark.engine.threads import compute_apart
-from dspark.errors import UnavailableError
 from dspark.pb import scheduler_pb2, verifier_pb2, verifier_pb2_grpc
 from dspark.rpc.lease import LeaseKeeper
 from dspark.rpc.pooled_draft_link import PooledDraftLink
@@ -123,9 +122,11 @@ class VerifierReplica:
         return to_stats(self._runner.signals())
 
     async def check_health(self) -> None:
-        """Raises when the engine failed or the server does not answer: Serve then replaces us."""
-        if self._runner.failure is not None:
-            raise UnavailableError(f"the engine failed: {self._runner.failure}")
+        """Raises when the engine failed or hangs, or the server does not answer.
+
+        Serve then replaces us.
+        """
+        self._servicer.check()
         await self._server.check()
 
     async def __del__(self) -> None:

@@ -50,6 +50,15 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServicer):
         """End the streams of requests that the engine has dropped."""
         self._loop.call_soon_threadsafe(self._refuse, refusals)
 
+    def check(self) -> None:
+        """UnavailableError if the engine failed or hangs; its streams then wait no longer."""
+        assert self._runner is not None
+        try:
+            self._runner.check()
+        except UnavailableError as error:
+            self._fail(error)
+            raise
+
     def drain(self) -> None:
         """Take nothing new, and send away who waits: gateways go on elsewhere at once."""
         self._draining = True
@@ -110,6 +119,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServicer):
             raise UnavailableError("this verifier is still starting")
         if self._draining:
             raise _leaving()
+        self._runner.check()  # what is queued behind a step that hangs is not answered
         results: asyncio.Queue[VerificationResult | DSparkError] = asyncio.Queue()
         # Before the engine has it: the first result may come before `add` has returned here.
         if request.id in self._streams:

@@ -14,12 +14,13 @@ import openai
 import pytest
 from helpers.fake_services import Script
 from helpers.gateway import ANSWER, MODEL, Cluster, running_gateway
-from helpers.tokenizer import without_template
+from helpers.tokenizer import byte_level, with_developer, without_template
 
 from dspark.config import EngineConfig, GatewayConfig, ServeConfig, ServiceClass
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": MODEL, "prompt": "hello"}
+TEXT_PART = {"type": "text", "text": "x"}
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 
 
@@ -121,6 +122,64 @@ async def test_stop_strings(cluster: Cluster, stop: Any) -> None:
     assert body["choices"][0]["message"]["content"] == "The quick "
     assert body["choices"][0]["finish_reason"] == "stop"
     await asyncio.wait_for(cluster.verifier.cancelled.wait(), 10)
+
+
+async def test_text_parts_are_joined_by_a_line_break(cluster: Cluster) -> None:
+    parts = [{"type": "text", "text": "one two"}, {"type": "text", "text": "three"}]
+    turns = [{"role": "system", "content": parts[:1]}, {"role": "user", "content": parts}]
+    plain = [
+        {"role": "system", "content": "one two"},
+        {"role": "user", "content": "one two\nthree"},
+    ]
+    async with cluster.http() as http:
+        for messages in (turns, plain):
+            answer = await http.post(CHAT_PATH, json={**CHAT, "messages": messages})
+            assert answer.status_code == 200, answer.text
+    by_parts, by_text = (sent.prompt_token_ids for sent in cluster.verifier.requests)
+    assert by_parts == by_text
+
+
+@pytest.mark.parametrize("knows", [False, True])
+async def test_a_developer_is_the_system_where_the_template_knows_none(knows: bool) -> None:
+    tokenizer = with_developer() if knows else byte_level()
+    async with running_gateway(tokenizer=tokenizer) as cluster, cluster.http() as http:
+        messages = [{"role": "developer", "content": "be brief"}, *CHAT["messages"]]
+        answer = await http.post(CHAT_PATH, json={**CHAT, "messages": messages})
+        assert answer.status_code == 200, answer.text
+    prompt = tokenizer.decode(cluster.verifier.requests[0].prompt_token_ids)
+    assert ("developer\nbe brief" if knows else "system\nbe brief") in prompt
+
+
+@pytest.mark.parametrize(
+    ("path", "neutral"),
+    [
+        *[
+            (CHAT_PATH, neutral)
+            for neutral in (
+                {"tools": [], "tool_choice": "none", "parallel_tool_calls": True},
+                {"tool_choice": "auto", "parallel_tool_calls": False},
+                {"functions": [], "function_call": "none"},
+                {"function_call": "auto", "response_format": {"type": "text"}},
+                {"modalities": ["text"], "store": False, "logit_bias": {}, "top_logprobs": 0},
+                {"stream_options": None, "tools": None, "response_format": None, "store": None},
+                {"stream_options": {"include_usage": False, "include_obfuscation": False}},
+                {"messages": [
+                    *CHAT["messages"],
+                    {"role": "assistant", "content": "so", "tool_calls": [], "annotations": []},
+                    *CHAT["messages"],
+                ]},
+            )
+        ],
+        (TEXT_PATH, {"echo": False, "best_of": 1, "suffix": "", "logit_bias": {}}),
+    ],
+)  # fmt: skip
+async def test_what_asks_for_nothing_is_accepted(
+    cluster: Cluster, path: str, neutral: dict[str, Any]
+) -> None:
+    asked = CHAT if path == CHAT_PATH else TEXT
+    async with cluster.http() as http:
+        answer = await http.post(path, json={**asked, **neutral})
+    assert answer.status_code == 200, answer.text
 
 
 async def test_the_newer_name_of_max_tokens_wins(cluster: Cluster) -> None:
@@ -247,20 +306,40 @@ def turn(**fields: Any) -> tuple[str, Any]:
     ("asked", "param", "words"),
     [
         (chat(colour="red"), "colour", "not supported"),
-        (chat(tools=[]), "tools", "supported are"),
+        (chat(colour="red"), "colour", "supported are"),
+        (chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools", "only []"),
+        (chat(tools={}), "tools", "only []"),
+        (chat(tool_choice="required"), "tool_choice", "only 'none' or 'auto'"),
+        (chat(functions=[{"name": "f"}]), "functions", "only []"),
+        (chat(function_call={"name": "f"}), "function_call", "only 'none' or 'auto'"),
+        (chat(parallel_tool_calls="x"), "parallel_tool_calls", "boolean"),
+        (chat(modalities=["text", "audio"]), "modalities", "only ['text']"),
+        (chat(store=True), "store", "only False"),
+        (chat(store=0), "store", "only False"),
         (chat(logprobs=True), "logprobs", "only False"),
         (text(logprobs=0), "logprobs", "only False"),  # of OpenAI's, asks for one a token
-        (chat(top_logprobs=3), "top_logprobs", "not supported"),
+        (chat(top_logprobs=3), "top_logprobs", "only 0"),
         (chat(n=2), "n", "only 1"),
         (chat(presence_penalty=0.5), "presence_penalty", "only 0"),
         (chat(frequency_penalty=-1), "frequency_penalty", "only 0"),
-        (chat(response_format={"type": "json_object"}), "response_format", "not supported"),
-        (chat(logit_bias={}), "logit_bias", "not supported"),
+        (chat(response_format={"type": "json_object"}), "response_format", "only {'type': 'text'}"),
+        (chat(logit_bias={"7": 1}), "logit_bias", "only {}"),
         (chat(messages=[]), "messages", "at least one turn"),
         (chat(messages="hi"), "messages", "array"),
         (turn(role="robot"), "messages[0].role", "'robot'"),
         (turn(name="bob"), "messages[0].name", "not supported"),
-        (turn(content=[{"type": "text", "text": "x"}]), "messages[0].content", "string"),
+        (turn(content=3), "messages[0].content", "string or a list"),
+        (turn(content=[]), "messages[0].content", "at least one"),
+        (turn(content=["x"]), "messages[0].content", "part 0"),
+        (turn(content=[{"type": "text"}]), "messages[0].content", "part 0"),
+        (turn(content=[{"type": "text", "text": 3}]), "messages[0].content", "part 0"),
+        (turn(content=[TEXT_PART, {"type": "image_url", "image_url": {"url": "x"}}]),
+         "messages[0].content", "part 1 is of type 'image_url'"),
+        (turn(content=[{**TEXT_PART, "cache_control": {}}]), "messages[0].content",
+         "cache_control"),
+        (turn(content=[TEXT_PART, {"type": "text", "text": "a\ud800b"}]), "messages[0].content",
+         "surrogate"),
+        (turn(tool_calls=[{"id": "1"}]), "messages[0].tool_calls", "only []"),
         (turn(content="a\ud800b"), "messages[0].content", "surrogate"),
         (chat(model=3), "model", "string"),
         (chat(temperature="hot"), "temperature", "hot"),
@@ -271,7 +350,10 @@ def turn(**fields: Any) -> tuple[str, Any]:
         (chat(max_tokens=0), "max_tokens", "at least 1"),
         (chat(max_tokens=1.5), "max_tokens", "1.5"),
         (chat(max_tokens=True), "max_tokens", "True"),
-        (chat(max_completion_tokens=512), "max_tokens", "context of 512"),
+        (chat(max_tokens=512), "max_tokens", "context of 512"),
+        (chat(max_completion_tokens=512), "max_completion_tokens", "context of 512"),
+        (chat(max_completion_tokens=512), "max_completion_tokens", "leave max_completion_tokens"),
+        (chat(max_tokens=1, max_completion_tokens=0), "max_completion_tokens", "or equal to 1"),
         (chat(seed=-1), "seed", "-1"),
         (chat(seed=2**70), "seed", ""),
         (chat(stop=["a"] * 5), "stop", "at most 4"),
@@ -289,15 +371,16 @@ def turn(**fields: Any) -> tuple[str, Any]:
         (text(prompt=["a", "b"]), "prompt", "list of 2"),
         (text(prompt=""), "prompt", "empty"),
         (text(prompt="word " * 1000), "prompt", "512"),
-        (text(echo=True), "echo", "not supported"),
-        (text(best_of=2), "best_of", "not supported"),
-        (text(suffix="x"), "suffix", "not supported"),
+        (text(echo=True), "echo", "only False"),
+        (text(best_of=2), "best_of", "only 1"),
+        (text(suffix="x"), "suffix", "only ''"),
+        (text(tools=[]), "tools", "not supported"),
         (text(messages=[]), "messages", "not supported"),
         ((CHAT_PATH, {"model": MODEL}), "messages", "missing"),
         ((TEXT_PATH, {"prompt": "x"}), "model", "missing"),
         ((CHAT_PATH, []), None, ""),
     ],
-)
+)  # fmt: skip
 async def test_bad_requests_are_refused_by_name(
     cluster: Cluster, asked: tuple[str, Any], param: str | None, words: str
 ) -> None:
@@ -464,6 +547,19 @@ async def test_models(cluster: Cluster) -> None:
     assert (model["id"], model["object"], model["max_model_len"]) == (MODEL, "model", 512)
 
 
+async def test_a_verifier_that_does_not_say_what_it_takes_is_asked() -> None:
+    async with running_gateway(context_tokens=0) as cluster, cluster.http() as http:
+        await assert_serving(http)
+        (model,) = (await http.get("/v1/models")).json()["data"]
+        assert model["max_model_len"] is None
+        details = "more than the context of 9: lower max_tokens"
+        invalid = grpc.StatusCode.INVALID_ARGUMENT
+        cluster.verifier.scripts.append(Script(fail_at=0, code=invalid, details=details))
+        answer = await http.post(TEXT_PATH, json={**TEXT, "max_tokens": 100_000})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"] == details
+
+
 async def test_health_follows_verifiers() -> None:
     nobody = running_gateway(verifiers=0, wait=False, first_wait_s=0.1)
     async with nobody as cluster, cluster.http() as http:
@@ -505,7 +601,12 @@ async def test_the_openai_client(cluster: Cluster) -> None:
         # As frameworks go on with a conversation: with all fields that the library has.
         longer = [*messages, whole.choices[0].message.model_dump(), *messages]
         assert longer[1]["refusal"] is None
-        again = await client.chat.completions.create(model=MODEL, messages=longer, logit_bias=None)
+        longer[0] = {"role": "user", "content": [TEXT_PART]}
+        longer.insert(0, {"role": "developer", "content": "be brief"})
+        again = await client.chat.completions.create(
+            model=MODEL, messages=longer, logit_bias=None, tools=[], store=False,
+            response_format={"type": "text"}, modalities=["text"], max_completion_tokens=99,
+        )  # fmt: skip
         assert again.choices[0].message.content == ANSWER
         assert whole.model_extra is not None
         assert whole.model_extra["metrics"]["speculative_decoding"]["num_spec_steps"]

@@ -14,9 +14,9 @@ from dspark.errors import UnavailableError
 from dspark.pb import scheduler_pb2 as sp
 from dspark.services.gateway.cluster import ClusterView
 from dspark.services.gateway.placement import Placement
-from dspark.types import Request
+from dspark.types import Request, SamplingParams
 
-REQUEST = Request("r", (1, 2))
+REQUEST = Request("r", (1, 2), SamplingParams(max_tokens=7))
 KNOWN = sp.Replica(incarnation="known", address="127.0.0.1:1", model="m", max_context_tokens=9)
 
 
@@ -73,3 +73,12 @@ async def test_without_scheduler_the_avoided_come_last() -> None:
     assert (await away.place(REQUEST, "m", both)).incarnation in both
     with pytest.raises(UnavailableError, match="no verifier is known"):
         await placement(None, of_another_model).place(REQUEST, "m", ())
+
+
+async def test_without_scheduler_a_request_goes_where_it_fits() -> None:
+    small = sp.Replica(incarnation="small", model="m", max_context_tokens=8)
+    for verifiers in ((small, KNOWN), (KNOWN, small)):
+        chosen = await placement(None, *verifiers).place(REQUEST, "m", ("known",))
+        assert chosen.incarnation == "known"
+    with pytest.raises(UnavailableError, match="9 positions"):
+        await placement(None, small).place(REQUEST, "m", ())

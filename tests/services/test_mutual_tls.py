@@ -27,7 +27,7 @@ from helpers.tiny import Tally, run, tiny_drafter, tiny_engine, tiny_target
 from typer.testing import CliRunner
 
 from dspark.cli.main import app
-from dspark.config import ServeConfig
+from dspark.config import ModelConfig, ServeConfig
 from dspark.errors import ConfigError
 from dspark.pb import scheduler_pb2 as sp
 from dspark.pb import scheduler_pb2_grpc, verifier_pb2, verifier_pb2_grpc
@@ -37,8 +37,10 @@ from dspark.rpc.pooled_draft_link import PooledDraftLink
 from dspark.rpc.server import ReplicaServer
 from dspark.rpc.step_times import SharedStepTimes
 from dspark.rpc.transport import PLAINTEXT, Transport
+from dspark.services.draft.app import DraftReplica
 from dspark.services.gateway.channels import ChannelCache
 from dspark.services.scheduler.service import SchedulerService
+from dspark.services.verifier.app import VerifierReplica
 from dspark.types import Request, SamplingParams
 
 OURS, THEIRS = Authority("ours"), Authority("theirs")
@@ -182,6 +184,21 @@ async def test_services_that_could_not_be_believed_do_not_start(tmp_path: Path) 
     expired = ServiceSecret(tmp_path, OURS.issue(expires_in=-timedelta(minutes=1)), OURS.pem)
     with pytest.raises(ConfigError, match="expired at"):
         SchedulerService(ServeConfig(network=expired.network))
+
+
+@pytest.mark.parametrize("deployed", [DraftReplica, VerifierReplica])
+async def test_certificates_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, deployed: Any
+) -> None:
+    class Starting(deployed.func_or_class):  # type: ignore[misc]
+        def __del__(self) -> None:
+            """Serve awaits the replica's own."""
+
+    expired = ServiceSecret(tmp_path, OURS.issue(expires_in=-timedelta(minutes=1)), OURS.pem)
+    model = ModelConfig(target=str(tmp_path / "missing"), drafter=str(tmp_path / "missing"))
+    replica: Any = Starting.__new__(Starting)
+    with pytest.raises(ConfigError, match="expired at"):
+        await replica.__init__(ServeConfig(model=model, network=expired.network))
 
 
 # -- renewal ---------------------------------------------------------------------------------------

@@ -38,7 +38,9 @@ async def scheduler(
         yield stub
 
 
-async def beat(stub: Any, name: str, fingerprint: str = "", **load: int) -> None:
+async def beat(
+    stub: Any, name: str, fingerprint: str = "", context_tokens: int = 0, **load: int
+) -> None:
     await stub.Heartbeat(
         pb.HeartbeatRequest(
             replica=pb.Replica(
@@ -46,6 +48,7 @@ async def beat(stub: Any, name: str, fingerprint: str = "", **load: int) -> None
                 incarnation=name,
                 address=f"{name}:1",
                 model="m",
+                max_context_tokens=context_tokens,
                 step_times_fingerprint=fingerprint,
             ),
             load=pb.Load(**{**ROOM, **load}),
@@ -154,6 +157,23 @@ async def test_full_queues_are_said_at_once_with_the_least_wait() -> None:
         told = from_rpc_error(await refusal(stub))
         assert isinstance(told, OverloadedError)
         assert told.retry_after_s == 1.0
+
+
+async def test_a_request_goes_where_it_fits() -> None:
+    full = {"running": 8, "waiting": 4, "max_waiting": 4}
+    async with scheduler() as stub:
+        await beat(stub, "small", context_tokens=149)
+        error = await refusal(stub, let_in=True)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE  # one that it fits may come back
+        assert "150 positions" in (error.details() or "")
+        await beat(stub, "exact", context_tokens=150, running=7)
+        for name in ("1", "2"):
+            assert await place(stub, name, avoid_incarnations=["exact"]) == "exact"
+        await beat(stub, "exact", context_tokens=150, **full)
+        assert (await refusal(stub)).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await place(stub, "moved", let_in=True) == "exact"
+        await beat(stub, "untold")
+        assert await place(stub, "3") == "untold"
 
 
 async def test_what_cannot_be_is_refused() -> None:

@@ -77,7 +77,7 @@ class Replica:
                 address=f"{name}:1",
                 model="m",
                 drafter_fingerprint="w",
-                max_context_tokens=100,
+                max_context_tokens=512,
             ),
             schedulers.locate,
             pb.Load,

@@ -15,7 +15,7 @@ from helpers.tiny import run, tiny_drafter, tiny_engine, tiny_target
 from dspark.engine import roster
 from dspark.engine.runner import EngineRunner
 from dspark.engine.verifier import VerifierEngine
-from dspark.errors import QueueTimeoutError
+from dspark.errors import QueueTimeoutError, UnavailableError
 from dspark.pb import verifier_pb2 as pb
 from dspark.pb import verifier_pb2_grpc
 from dspark.rpc.server import ReplicaServer
@@ -32,7 +32,9 @@ def request(name: str = "a", max_tokens: int = 40) -> Request:
 
 
 @asynccontextmanager
-async def serving(engine: VerifierEngine) -> AsyncIterator[tuple[Any, EngineRunner]]:
+async def replica(
+    engine: VerifierEngine,
+) -> AsyncIterator[tuple[Any, EngineRunner, VerifierServicer]]:
     servicer = VerifierServicer("m", asyncio.get_running_loop())
     runner = EngineRunner(
         engine,
@@ -47,10 +49,16 @@ async def serving(engine: VerifierEngine) -> AsyncIterator[tuple[Any, EngineRunn
     verifier_pb2_grpc.add_VerifierServicer_to_server(servicer, server.server)
     port = await server.start("127.0.0.1", 0, [pb.DESCRIPTOR.services_by_name["Verifier"]])
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield verifier_pb2_grpc.VerifierStub(channel), runner
+        yield verifier_pb2_grpc.VerifierStub(channel), runner, servicer
     await server.stop(0)
     if runner.failure is None:
         await asyncio.to_thread(runner.stop)
+
+
+@asynccontextmanager
+async def serving(engine: VerifierEngine) -> AsyncIterator[tuple[Any, EngineRunner]]:
+    async with replica(engine) as (stub, runner, _):
+        yield stub, runner
 
 
 async def collect(stub: Any, one: Request, model: str = "m") -> list[int]:
@@ -163,3 +171,27 @@ async def test_an_engine_that_fails_ends_its_streams(monkeypatch: pytest.MonkeyP
         assert isinstance(runner.failure, RuntimeError)
         later = request_to_pb(request("b"), "m")
         assert await code_of(stub, later) is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_an_engine_that_hangs_is_unwell_and_lets_its_streams_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = tiny_engine(TARGET, max_step_s=1e-9)
+    honest, begun, go_on = engine.step, threading.Event(), threading.Event()
+
+    def hanging() -> Any:
+        begun.set()
+        go_on.wait(30)
+        return honest()
+
+    monkeypatch.setattr(engine, "step", hanging)
+    async with replica(engine) as (stub, _, servicer):
+        servicer.check()
+        streaming = asyncio.create_task(code_of(stub, request_to_pb(request(), "m")))
+        assert await asyncio.to_thread(begun.wait, 30)
+        with pytest.raises(UnavailableError, match="at one step"):
+            servicer.check()
+        assert await streaming is grpc.StatusCode.UNAVAILABLE
+        later = request_to_pb(request("b"), "m")
+        assert await code_of(stub, later) is grpc.StatusCode.UNAVAILABLE
+        go_on.set()

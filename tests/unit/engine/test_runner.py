@@ -145,3 +145,30 @@ def test_a_step_that_raises_ends_the_runner_and_is_told(monkeypatch: pytest.Monk
         watcher.runner.abort("a")  # of no use any more, and no error
     assert len(watcher.failures) == 1
     assert str(watcher.runner.failure) == "out of memory"
+
+
+@pytest.mark.parametrize("max_step_s", [1e-9, 3600.0, 0.0])
+def test_an_engine_that_is_stuck_in_a_step_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, max_step_s: float
+) -> None:
+    engine = tiny_engine(TARGET, max_step_s=max_step_s)
+    honest, begun, go_on = engine.step, threading.Event(), threading.Event()
+
+    def stuck() -> list[VerificationResult]:
+        begun.set()
+        assert go_on.wait(WAIT_S)
+        return honest()
+
+    monkeypatch.setattr(engine, "step", stuck)
+    with running(engine) as watcher:
+        watcher.runner.check()  # with nothing to do it may wait for as long as it likes
+        done = watcher.expect("a")
+        watcher.runner.add(request("a")).result(WAIT_S)
+        assert begun.wait(WAIT_S)
+        if max_step_s == 1e-9:
+            with pytest.raises(UnavailableError, match=r"engine\.max_step_s"):
+                watcher.runner.check()
+        else:
+            watcher.runner.check()
+        go_on.set()
+        assert done.wait(WAIT_S)

@@ -254,6 +254,7 @@ def test_a_drafter_of_another_target_is_refused(
     ("field", "value"),
     [
         ("block_size", 0),
+        ("block_size", 65),  # more than a message between draft and verifier takes
         ("block_size", "4"),
         ("block_size", None),
         ("mask_token_id", 99),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from dspark.errors import ModelNotFoundError, UnavailableError
 from dspark.scheduling.cluster import Cluster, Load, Replica, Role
+from dspark.scheduling.placement import Ask
 
 LEASE_S = 5.0
 
@@ -93,6 +95,23 @@ def test_shunned_verifiers_are_the_last_resort() -> None:
     known.beat(verifier("b"), Load(running=9))
     assert known.place("r", "m", avoid=["a"]).incarnation == "b"
     assert known.place("r2", "m", avoid=["a", "b"]).incarnation == "a"
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 9), st.data())
+def test_no_request_goes_where_it_does_not_fit(
+    contexts: list[int], tokens: int, data: st.DataObject
+) -> None:
+    known, _ = cluster()
+    for i, context in enumerate(contexts):
+        known.beat(replace(verifier(str(i)), max_context_tokens=context), Load())
+    fit = {str(i) for i, context in enumerate(contexts) if not context or tokens <= context}
+    avoid = data.draw(st.sets(st.sampled_from([str(i) for i in range(len(contexts))])))
+    ask = Ask(prompt_tokens=tokens // 2, max_tokens=tokens - tokens // 2)
+    if fit:
+        assert known.place("r", "m", avoid, ask).incarnation in (fit - avoid or fit)
+    else:
+        with pytest.raises(UnavailableError, match=f"{tokens} positions"):
+            known.place("r", "m", avoid, ask)
 
 
 def test_a_model_that_left_is_unavailable_and_one_that_never_was_is_not_found() -> None:

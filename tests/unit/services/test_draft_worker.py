@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
+import pytest
 import torch
 from helpers.draft_services import TARGET, worker
 
+from dspark.errors import UnavailableError
 from dspark.services.draft.worker import Answer, DraftWorker
 from dspark.types import BlockProposal, DraftWork, Fence, ResyncRequest, SamplingParams
 
@@ -88,4 +91,32 @@ def test_speed_and_backlog_are_told() -> None:
         assert made.works_per_s > 0.0
         assert made.most_waiting() == 8
         assert made.most_waiting() == 0
+        made.free(0, None)
+
+
+@pytest.mark.parametrize("max_run_s", [1e-9, 3600.0, 0.0])
+def test_a_worker_that_is_stuck_in_a_run_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, max_run_s: float
+) -> None:
+    with worker(start=False) as (made, engine):
+        honest, begun, go_on = engine.run, threading.Event(), threading.Event()
+
+        def stuck(works: Sequence[DraftWork]) -> tuple[list[BlockProposal], list[ResyncRequest]]:
+            begun.set()
+            assert go_on.wait(30)
+            return honest(works)
+
+        monkeypatch.setattr(engine, "run", stuck)
+        made.start()
+        made.check(max_run_s)  # with nothing to do it may wait for as long as it likes
+        log = Log(1)
+        made.submit(0, [work("a")], log.note("job"))
+        assert begun.wait(30)
+        if max_run_s == 1e-9:
+            with pytest.raises(UnavailableError, match=r"draft\.max_run_s"):
+                made.check(max_run_s)
+        else:
+            made.check(max_run_s)
+        go_on.set()
+        assert log.complete.wait(30)
         made.free(0, None)

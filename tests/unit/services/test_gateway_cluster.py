@@ -24,3 +24,11 @@ async def test_a_caller_who_leaves_as_the_first_verifier_comes_is_let_go(turns: 
             await waiting
     else:
         assert waiting.result()
+
+
+@pytest.mark.parametrize(("told", "takes"), [([8, 4], 4), ([8, 0], 8), ([0], 0), ([], 0)])
+def test_a_request_may_be_as_long_as_all_take_that_say_so(told: list[int], takes: int) -> None:
+    view = ClusterView("m")
+    verifiers = [pb.Replica(model="m", max_context_tokens=tokens) for tokens in told]
+    view.heard(pb.HeartbeatResponse(verifiers=verifiers))
+    assert view.context_tokens == takes
