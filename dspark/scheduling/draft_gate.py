@@ -173,7 +173,8 @@ class DraftGate:
         load = load_of(requests)
         closed = self._closed[load]
         learns = self._size or not (closed.rest or closed.probe)
-        estimates = (learns and self._age >= _EVERY) or load != load_of(self._requests)
+        elsewhere = not self._gains or load != load_of(self._requests)  # than the last estimate
+        estimates = (learns and self._age >= _EVERY) or elsewhere
         if estimates:
             self._requests, self._age = requests, 0
             self._estimate(requests, most, latency_ms, search)

@@ -72,8 +72,9 @@ class Verifier:
         return count - self.sizes[0]
 
 
-def test_it_stays_open_while_drafting_pays() -> None:
-    assert Verifier().rounds(GOOD, 500) > 0.95 * 500
+@pytest.mark.parametrize("requests", [1, 2, 3, 5])
+def test_it_stays_open_while_drafting_pays(requests: int) -> None:
+    assert Verifier().rounds(GOOD, 500, requests) > 0.95 * 500
 
 
 def test_while_drafting_loses_it_costs_a_small_share_of_the_time() -> None:
