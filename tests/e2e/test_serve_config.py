@@ -40,7 +40,6 @@ ALL = ("scheduler", "draft", "verifier", "gateway")
 POOLS = {"scheduler": "gateway", "draft": "draft", "verifier": "verifier", "gateway": "gateway"}
 MESSAGES = [("user", "one two three")]
 CLIENTS = 3
-_PATIENCE_S = 300.0  # until a test gives up; never the time that it takes
 HTTP_PORT = 8000  # the chart's; Serve keeps that of the first config that a cluster is given
 REPLICA_PORTS = 20000, 20100  # the chart's, the last one left out
 
@@ -123,7 +122,7 @@ class Deployed:
                 yield
             finally:
                 over.set()
-            assert all(client.result(_PATIENCE_S) for client in clients)
+            assert all(client.result(60.0) for client in clients)
 
 
 def application(name: str, args: dict[str, Any]) -> dict[str, Any]:
