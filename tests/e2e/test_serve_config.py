@@ -91,9 +91,11 @@ class Deployed:
                 application["deployments"][0]["user_config"] = user_configs[application["name"]]
         self.cluster.deploy(config)
 
-    def ask(self, **settings: Any) -> Any:
+    def ask(self, max_tokens: int = 60, **settings: Any) -> Any:
         """The last part of an answer over gRPC; whatever goes wrong is raised."""
-        asked = chat_request(self.model, MESSAGES, max_tokens=60, temperature=0.0, **settings)
+        asked = chat_request(
+            self.model, MESSAGES, max_tokens=max_tokens, temperature=0.0, **settings
+        )
         with InferenceClient(self.grpc_address) as client:
             *_, last = client.generate(asked)
         return last
@@ -105,14 +107,14 @@ class Deployed:
         return {name: self.cluster.replicas(name) for name in ALL}
 
     @contextmanager
-    def under_load(self) -> Iterator[None]:
-        """Requests all the time; none may fail."""
+    def under_load(self, max_tokens: int = 60) -> Iterator[None]:
+        """Requests for so many tokens all the time; none may fail."""
         over = threading.Event()
 
         def load() -> int:
             answers = 0
             while not over.is_set():
-                self.ask()
+                self.ask(max_tokens)
                 answers += 1
             return answers
 
@@ -197,8 +199,9 @@ def test_the_services_use_no_edge_that_the_policies_close(trial: Trial) -> None:
         for name in ALL
         for pid, pool in trial.deployed.cluster.processes(name).items()
     }
-    with trial.deployed.under_load():
-        trial.deployed.ask()
+    # Of a real model, beside other tests: four answers of sixty tokens took more than a minute.
+    with trial.deployed.under_load(max_tokens=12):
+        trial.deployed.ask(max_tokens=12)
         connections = {pid: psutil.Process(pid).net_connections("tcp") for pid in roles}
     listens = {
         connection.laddr.port: pid
