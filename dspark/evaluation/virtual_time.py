@@ -79,9 +79,9 @@ class Machine:
 class _Passing:
     """Moves a clock on by a machine's times."""
 
-    def __init__(self, clock: Clock, machine: Machine, seed: int) -> None:
+    def __init__(self, clock: Clock, machine: Machine) -> None:
         self._clock, self.machine = clock, machine
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
 
     def spend(self, ms: float) -> None:
         machine = self.machine
@@ -126,9 +126,8 @@ class Blocks:
 class _Target:
     """What a verifier needs of a TargetModel."""
 
-    vocab_size, hidden_size, max_positions = _VOCABULARY, 1, _POSITIONS
-    padded = None
-    device, dtype = torch.device("cpu"), torch.float32
+    vocab_size, max_positions = _VOCABULARY, _POSITIONS
+    device = torch.device("cpu")
 
     def __init__(self, passing: _Passing) -> None:
         self._passing = passing
@@ -199,13 +198,12 @@ def virtual_verifier(
     config: EngineConfig,
     *,
     believed: StepTimeTable | None = None,  # the engine's table; None: the machine's own
-    seed: int = 0,
 ) -> VerifierEngine:
     """A verifier of such a machine, with its drafter; `serve` steps it."""
-    passing = _Passing(clock, machine, seed)
+    passing = _Passing(clock, machine)
     drafter = DraftEngine(_Drafter(passing, blocks), pages_for(config.cache_tokens) + 1)
     verifier = VerifierEngine(
-        _Target(passing),  # type: ignore[arg-type]
+        _Target(passing),  # type: ignore[arg-type]  # all that an engine asks of one
         config,
         projection=FeatureProjection(nn.Identity(), nn.Identity()),
         link=LocalDraftLink(drafter),
