@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before gRPC begins: with it, one in fifty processes dies that Ray forks while a call is under way.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import pytest
 import torch

@@ -68,6 +68,9 @@ class LocalCluster:
         from ray import serve
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray forks to start its processes, and gRPC's own care for forks kills such a child when a
+        # call is under way (grpc issue 43055). Read when gRPC begins: set it earlier where it has.
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         logging.getLogger("ray").setLevel(logging.ERROR)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         try:
