@@ -26,11 +26,12 @@ from rich.table import Table
 
 from dspark.cli.bench import PROMPTS
 from dspark.config import DraftConfig, EngineConfig, ModelConfig
-from dspark.engine.assembly import LoadedTarget, drafter_folder, load_draft_engine
+from dspark.engine.assembly import LoadedTarget, load_draft_engine
 from dspark.engine.llm import LLM
 from dspark.evaluation.provenance import provenance
 from dspark.evaluation.throughput import measure
 from dspark.models.checkpoint import fingerprint
+from dspark.models.drafter_folder import drafter_folder
 from dspark.pb import draft_pb2, draft_pb2_grpc
 from dspark.rpc.draft_link import RemoteDraftLink
 from dspark.rpc.server import ReplicaServer

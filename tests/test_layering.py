@@ -9,10 +9,12 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+
+from dspark.applications import APPLICATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dspark"
@@ -112,12 +114,23 @@ def test_every_module_has_a_layer() -> None:
     assert not unknown, f"give {sorted(unknown)} a place in LAYERS"
 
 
-def test_scheduling_loads_neither_torch_nor_ray() -> None:
-    # The statements above are direct ones only; a lower layer could bring torch in.
-    names = [name for name, _ in modules() if name.startswith("dspark.scheduling")]
-    script = f"import sys, {', '.join(names)}; print(*({{'torch', 'ray'}} & sys.modules.keys()))"
+def loaded_with(names: Iterable[str], of: set[str]) -> str:
+    """Which of the packages `of` are loaded with modules, also by what these import."""
+    script = f"import sys, {', '.join(names)}; print(*({of!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_scheduling_loads_neither_torch_nor_ray() -> None:
+    names = [name for name, _ in modules() if name.startswith("dspark.scheduling")]
+    assert loaded_with(names, {"torch", "ray"}) == ""
+
+
+def test_what_deploys_the_services_loads_no_torch() -> None:
+    """It takes seconds, for each application that Serve builds and for `dspark serve` itself."""
+    names = [f"dspark.services.{role.name}.app" for role in APPLICATIONS]
+    assert loaded_with([*names, "dspark.cli.local_cluster"], {"torch", "transformers"}) == ""
 
 
 @pytest.mark.parametrize(

@@ -155,10 +155,10 @@ def _models(target: str, drafter: str) -> Iterator[Finding]:
     from transformers import AutoConfig
 
     from dspark.config import ModelConfig
-    from dspark.engine.assembly import drafter_folder
     from dspark.models.builtin import resolve_target
     from dspark.models.causal_drafter import check_vocabulary, is_causal_lm
     from dspark.models.checkpoint import read_config
+    from dspark.models.drafter_folder import drafter_folder
 
     try:
         config = AutoConfig.from_pretrained(resolve_target(target)).get_text_config()

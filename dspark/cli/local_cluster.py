@@ -14,8 +14,8 @@ import httpx
 
 from dspark.applications import DRAFT, GATEWAY, VERIFIER
 from dspark.config import ServeConfig
-from dspark.engine.assembly import drafter_folder
 from dspark.errors import ConfigError, UnavailableError
+from dspark.models.drafter_folder import drafter_folder
 
 _START_TIMEOUT_S = 300.0
 
@@ -113,15 +113,17 @@ class LocalCluster:
         self._applications.append(name)
         handle = serve.run(scheduler.deployment(config), name=name, route_prefix=None)
         self.scheduler_address = handle.grpc_address.remote().result(timeout_s=_START_TIMEOUT_S)
-        parts: list[tuple[str, Any, str | None]] = []
+        others = [
+            serve.RunTarget(verifier.deployment(config), VERIFIER.name, route_prefix=None),
+            serve.RunTarget(gateway.deployment(config), GATEWAY.name, route_prefix="/"),
+        ]
         if drafted and config.most_drafts:
-            parts.append((DRAFT.name, draft.deployment(config), None))
-        parts.append((VERIFIER.name, verifier.deployment(config), None))
-        parts.append((GATEWAY.name, gateway.deployment(config), "/"))
-        for name, application, route in parts:
-            self._log(f"starting the {name} …")
-            self._applications.append(name)
-            serve.run(application, name=name, route_prefix=route)
+            application = draft.deployment(config)
+            others.insert(0, serve.RunTarget(application, DRAFT.name, route_prefix=None))
+        names = [target.name for target in others]
+        self._log(f"starting {', '.join(names)} …")
+        self._applications += names
+        serve.run_many(others)  # each takes seconds to import what it needs
 
     def _await_ready(self) -> None:
         """The gateway is up; wait for it to have heard of a verifier."""

@@ -56,9 +56,9 @@ def export_drafter(
         import torch
 
         from dspark.config import ModelConfig
-        from dspark.engine.assembly import drafter_folder
         from dspark.models.builtin import resolve_target
         from dspark.models.checkpoint import load_drafter, save_drafter, stored_dtype
+        from dspark.models.drafter_folder import drafter_folder
         from dspark.models.target_ends import StoredEnds
 
         folder = drafter_folder(ModelConfig(target=target, drafter=drafter))

@@ -175,8 +175,8 @@ def _refuse_shape(context: typer.Context) -> None:
 
 def _drafter_to_start_from(name: str, target: str) -> Path:
     from dspark.config import ModelConfig
-    from dspark.engine.assembly import drafter_folder
     from dspark.models.causal_drafter import is_causal_lm
+    from dspark.models.drafter_folder import drafter_folder
 
     folder = drafter_folder(ModelConfig(target, "" if name == SHIPPED else name))
     if folder is None or is_causal_lm(folder):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -18,20 +17,17 @@ from dspark.engine.lookup import PromptLookup
 from dspark.engine.profiling import Grid
 from dspark.engine.step_times import StepTimeFiles, StepTimeStore, step_times
 from dspark.engine.verifier import VerifierEngine
-from dspark.errors import ConfigError, DownloadError
+from dspark.errors import ConfigError
 from dspark.kernels.attention_plan import pages_for
-from dspark.models.builtin import resolve_target, shipped_drafter
+from dspark.models.builtin import resolve_target
 from dspark.models.causal_drafter import check_vocabulary, is_causal_lm
 from dspark.models.checkpoint import fingerprint, load_drafter, read_calibration, read_config
 from dspark.models.drafter import DrafterConfig, FeatureProjection
-from dspark.models.hub import fetch_drafter
+from dspark.models.drafter_folder import NO_DRAFTER, PROMPT_LOOKUP, drafter_folder
 from dspark.models.packed_linear import can_pack, pack_linears
 from dspark.models.target import TargetModel
 from dspark.models.target_ends import StoredEnds, TargetEnds
 from dspark.scheduling.calibration import CalibrationInUse, CalibrationTable
-
-NO_DRAFTER = "none"  # decode plainly
-PROMPT_LOOKUP = "prompt-lookup"  # draft from requests' own text alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,29 +47,6 @@ class LoadedTarget:
     def has_drafter(self) -> bool:
         """Whether there is a drafter, here or elsewhere."""
         return bool(self.drafter_fingerprint)
-
-
-def drafter_folder(model: ModelConfig) -> Path | None:
-    """The drafter that the settings name or imply, fetched if it is a Hugging Face id.
-
-    ConfigError if a named one is to be had in neither way.
-    """
-    if model.drafter in (NO_DRAFTER, PROMPT_LOOKUP):
-        return None
-    if not model.drafter:
-        return shipped_drafter(model.target)
-    folder = Path(resolve_target(model.drafter))
-    if folder.is_dir():
-        return folder
-    try:
-        return fetch_drafter(model.drafter)
-    except DownloadError as error:
-        raise ConfigError(
-            f"the drafter {model.drafter!r} is no folder here, nor could it be fetched as a "
-            f"Hugging Face id: {error}. Name a folder that holds config.json and "
-            f"model.safetensors, an id, {PROMPT_LOOKUP!r} to draft from requests' own text, or "
-            f"{NO_DRAFTER!r} to decode plainly"
-        ) from error
 
 
 def load_target(model: ModelConfig) -> LoadedTarget:

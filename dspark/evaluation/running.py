@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dspark.config import EngineConfig, ModelConfig
-from dspark.engine.assembly import drafter_folder
 from dspark.engine.llm import LLM, Generation
 from dspark.errors import ConfigError
 from dspark.evaluation.held_out import Fit, calibrated_by, cross_fitted, fit, in_halves
@@ -17,6 +16,7 @@ from dspark.evaluation.measuring import Arm
 from dspark.evaluation.rounds import Rounds, rounds_of
 from dspark.models.causal_drafter import is_causal_lm
 from dspark.models.checkpoint import read_config, save_calibration
+from dspark.models.drafter_folder import drafter_folder
 from dspark.scheduling.calibration import LEAST_SAMPLES, CalibrationTable
 from dspark.types import SamplingParams, VerifyMode
 

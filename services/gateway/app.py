@@ -1,19 +1,24 @@
-"""The gateway as a Ray Serve deployment."""
+"""The gateway as a Ray Serve deployment.
+
+As with the verifier's, only a replica imports the service, and with it transformers.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
 from ray import serve
 
 from dspark.applications import GATEWAY, Reconfiguring
 from dspark.config import ServeConfig
-from dspark.models.tokenizer import load_tokenizer
 from dspark.rpc.scheduler_address import scheduler_of
-from dspark.services.gateway.service import GatewayService
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from dspark.services.gateway.service import GatewayService
 
 _DRAIN_S = 20.0
 # Serve must not count requests before we do: the answer to too many is our 429, and how many that
@@ -37,6 +42,9 @@ class Gateway:
 
     # Serve awaits it; the servers that start here live on the loop that serves requests.
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
+        from dspark.models.tokenizer import load_tokenizer
+        from dspark.services.gateway.service import GatewayService
+
         self._config, self._reconfiguring = config, Reconfiguring()
         tokenizer: Any = await asyncio.to_thread(load_tokenizer, config.model.target)
         locate = scheduler_of(config.scheduler.application)

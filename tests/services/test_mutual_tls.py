@@ -37,10 +37,10 @@ from dspark.rpc.pooled_draft_link import PooledDraftLink
 from dspark.rpc.server import ReplicaServer
 from dspark.rpc.step_times import SharedStepTimes
 from dspark.rpc.transport import PLAINTEXT, Transport
-from dspark.services.draft.app import DraftReplica
+from dspark.services.draft.service import DraftService
 from dspark.services.gateway.channels import ChannelCache
 from dspark.services.scheduler.service import SchedulerService
-from dspark.services.verifier.app import VerifierReplica
+from dspark.services.verifier.service import VerifierService
 from dspark.types import Request, SamplingParams
 
 OURS, THEIRS = Authority("ours"), Authority("theirs")
@@ -186,19 +186,15 @@ async def test_services_that_could_not_be_believed_do_not_start(tmp_path: Path) 
         SchedulerService(ServeConfig(network=expired.network))
 
 
-@pytest.mark.parametrize("deployed", [DraftReplica, VerifierReplica])
-async def test_certificates_are_refused_before_a_model_is_loaded(
-    tmp_path: Path, deployed: Any
-) -> None:
-    class Starting(deployed.func_or_class):  # type: ignore[misc]
-        def __del__(self) -> None:
-            """Serve awaits the replica's own."""
+@pytest.mark.parametrize("service", [DraftService, VerifierService])
+def test_certificates_are_refused_before_a_model_is_loaded(tmp_path: Path, service: Any) -> None:
+    async def locate() -> str:
+        raise AssertionError
 
     expired = ServiceSecret(tmp_path, OURS.issue(expires_in=-timedelta(minutes=1)), OURS.pem)
     model = ModelConfig(target=str(tmp_path / "missing"), drafter=str(tmp_path / "missing"))
-    replica: Any = Starting.__new__(Starting)
     with pytest.raises(ConfigError, match="expired at"):
-        await replica.__init__(ServeConfig(model=model, network=expired.network))
+        service(ServeConfig(model=model, network=expired.network), locate)
 
 
 # -- renewal ---------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ import torch
 from helpers.tiny import tiny_drafter, tiny_target
 
 from dspark.config import ModelConfig
-from dspark.engine.assembly import drafter_folder
 from dspark.errors import ConfigError
 from dspark.models.checkpoint import fingerprint, save_drafter
+from dspark.models.drafter_folder import drafter_folder
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 # The hub's settings are read once in a process, so each look-up has its own.
