@@ -16,6 +16,7 @@ import numpy as np
 from dspark.scheduling.planner import plan_lengths, reserve
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.scheduling.survival import survival_table
+from dspark.types import Scale, Scales
 
 _CALLS, _REPEATS = 200, 9
 TABLE = StepTimeTable(
@@ -37,8 +38,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for requests, size in ((1, 7), (8, 7), (32, 7), (512, 15)):
         blocks = [rng.beta(4, 1, size).astype(np.float32) for _ in range(requests)]
-        temperatures = (1.1,) * size
-        table = survival_table(blocks, temperatures)
+        scale = Scale((1.1,) * size, (0.1,) * size)
+        given = blocks, [i % 2 == 0 for i in range(requests)], Scales(scale, scale)
+        table = survival_table(*given)
         weights = rng.choice([0.5, 1.0, 2.0], requests)
         floors = np.where(rng.random(requests) < 0.3, 1.5, 0.0)
 
@@ -52,7 +54,7 @@ def main() -> None:
             return plan_lengths(table, rounds_ms, weights=weights, reserved=held)
 
         cells = [
-            least_us(lambda b=blocks, t=temperatures: survival_table(b, t)),
+            least_us(lambda g=given: survival_table(*g)),
             least_us(lambda t=table: plan_lengths(t, rounds_ms)),
             least_us(lambda t=table: plan_lengths(t, rounds_ms, search="global")),
             least_us(

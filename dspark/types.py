@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 
 MAX_SEED = 2**63 - 1
 _GREEDY_BELOW = 1e-5  # of temperature: logits divided by less leave the range of float32
@@ -166,6 +167,7 @@ class VerificationResult:
     # Raw, of the verified draft tokens; of those emitted only, where the text ended among the
     # accepted ones, since what became of the rest is not told. `accepted` of these stood.
     confidences: tuple[float, ...] = ()
+    greedy: bool = False  # whether the request is
 
 
 class VerificationPolicy(StrEnum):
@@ -190,13 +192,40 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Scale:
+    """What raw confidences promise: σ(logit(c) / T + b), by position in the block."""
+
+    temperatures: tuple[float, ...] = ()  # T; missing ones are 1
+    biases: tuple[float, ...] = ()  # b; missing ones are 0
+
+
+RAW_SCALE = Scale()  # changes nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """A scale for each kind of request.
+
+    A drafter knows how likely the target is to say something, but not whether it is asked for the
+    likeliest alone: of tokens that it gives equal confidence, more stand with greedy requests.
+    """
+
+    sampled: Scale = RAW_SCALE
+    greedy: Scale = RAW_SCALE
+
+
+RAW_SCALES = Scales()
+
+
+@dataclass(frozen=True, slots=True)
 class BlockOutcomes:
     """What was promised of some verified blocks, and how many of their draft tokens stood."""
 
     confidences: FloatArray  # [N, γ] raw; NaN where not verified
     verified: IntArray  # [N]
     accepted: IntArray  # [N]
-    temperatures: tuple[float, ...]  # that the verifier uses, by position; missing ones are 1
+    greedy: BoolArray  # [N] whether their request was
+    scales: Scales  # that the verifier uses
 
 
 @dataclass(frozen=True, slots=True)

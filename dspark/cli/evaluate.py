@@ -33,7 +33,7 @@ def evaluate(
         8, min=1, help="Prompts at a time; does not change the result."
     ),
     calibrate_on: Path | None = typer.Option(
-        None, help="JSONL of prompts to fit STS on; default: cross-fitting, half by half."
+        None, help="JSONL of prompts to calibrate on; default: cross-fitting, half by half."
     ),
     save_calibration: bool = typer.Option(
         False,
@@ -61,7 +61,7 @@ def evaluate(
         from dspark.evaluation.provenance import provenance
         from dspark.evaluation.report import prepare_folder, write_report
         from dspark.evaluation.running import EvaluationPlan, run, save_fit
-        from dspark.types import VerifyMode
+        from dspark.types import SamplingParams, VerifyMode
 
         if unknown := [name for name in mode if name not in tuple(VerifyMode)]:
             raise ConfigError(f"--mode must be one of {', '.join(VerifyMode)}; got {unknown[0]!r}")
@@ -100,7 +100,11 @@ def evaluate(
             page = write_report(evaluation, about, report)
             err.print(f"the report is {page}", highlight=False)
         if save_calibration:
-            err.print(f"the calibration is in {save_fit(arms[0], target)}", highlight=False)
+            sampling = SamplingParams(temperature=temperature)
+            err.print(
+                f"the calibration is in {save_fit(arms[0], target, greedy=sampling.greedy)}",
+                highlight=False,
+            )
 
 
 def _command(context: typer.Context) -> str:

@@ -53,9 +53,9 @@ def _positions(arm: ArmResult, file: str) -> Table:
     result = arm.files[file]
     table = Table(
         title=escape(f"{arm.name} on {file}"),
-        caption=escape(f"STS fitted on {arm.calibration.source}"),
+        caption=escape(f"calibrated on {arm.calibration.source}"),
     )
-    for heading in ("position", "acceptance", "n", "survival", "ECE raw", "ECE STS", "AUC"):
+    for heading in ("position", "acceptance", "n", "survival", "ECE raw", "ECE fitted", "AUC"):
         table.add_column(heading, justify="right")
     acceptance = result.acceptance
     rows = zip(acceptance.conditional, acceptance.survival, result.scores, strict=False)

@@ -19,7 +19,14 @@ from dspark.scheduling.draft_gate import DraftGate
 from dspark.scheduling.explanation import Basis, Planned
 from dspark.scheduling.planner import Search, plan_lengths, reserve
 from dspark.scheduling.survival import survival_table
-from dspark.types import FloatArray, StepPlan, VerificationPolicy, VerificationResult, VerifyMode
+from dspark.types import (
+    RAW_SCALES,
+    FloatArray,
+    StepPlan,
+    VerificationPolicy,
+    VerificationResult,
+    VerifyMode,
+)
 
 _NO_BLOCK = np.zeros(0, dtype=np.float32)
 
@@ -67,8 +74,9 @@ class Verification:
         judge, looks_up = self._judges.now, self._judges.looks_up
         confidences = [_NO_BLOCK if block is None else block.confidences for block in blocks]
         # Looked up blocks come with measured chances, and the gate has seen them already.
-        temperatures = () if looks_up else self.calibration.temperatures
-        of = len(decoding), confidences, temperatures, looks_up
+        scales = RAW_SCALES if looks_up else self.calibration.scales
+        greedy = [s.request.sampling.greedy for s in decoding]
+        of = len(decoding), confidences, greedy, scales, looks_up
         if plan.policy is VerificationPolicy.FIXED or judge is None:
             self.planned = Planned(plan, Basis.WHOLE, *of)
             return sizes
@@ -79,7 +87,7 @@ class Verification:
         sampled = search == "causal" and self._asynchronous
         if capacity is not None and (capacity >= sum(sizes) or sampled):
             search, ceiling = "ranked", min(capacity, ceiling or capacity)
-        survivals = survival_table(confidences, temperatures)
+        survivals = survival_table(confidences, greedy, scales)
         if not looks_up:
             _see(judge.gate, decoding, survivals, sizes, asked)
         weights, wanted = self._classes.weights(decoding), self._classes.wanted(decoding)

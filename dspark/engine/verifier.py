@@ -353,6 +353,7 @@ class VerifierEngine:
             accepted=accepted,
             finish_reason=sequence.finish_reason,
             confidences=tuple(proposal.confidences[:told].tolist()) if proposal and told else (),
+            greedy=sequence.request.sampling.greedy,
         )
 
     def _free_session(self, session: str) -> None:
@@ -398,7 +399,7 @@ class VerifierEngine:
             total_pages=total,
             calibration_epoch=self.calibration.epoch,
             calibrations_refused=self.calibration.refused,
-            outcomes=self._sample.take(self.calibration.temperatures),
+            outcomes=self._sample.take(self.calibration.scales),
             classes=self._speculation.classes.loads(self.roster.running.values()),
             predicted_tokens=0.0 if planned.found is None else planned.found.expected,
             predicted_ms=0.0 if planned.found is None else planned.found.round_ms,

@@ -78,7 +78,7 @@ def _reliability(evaluation: Evaluation) -> bytes:
             whole = result.scores[-1]
             for bins, label, color, scores in (
                 (result.reliability_raw, "raw", "C0", whole.raw),
-                (result.reliability_calibrated, "after STS", "C1", whole.calibrated),
+                (result.reliability_calibrated, "calibrated", "C1", whole.calibrated),
             ):
                 _diagram(axes, bins, f"{label}, ECE {_told(scores.ece)}", color)
             axes.set(title=_title(arm, name, evaluation), xlim=(0, 1), ylim=(0, 1))

@@ -1,4 +1,4 @@
-"""STS fitted on other prompts than those it is measured on (paper §3.2.1).
+"""Calibration fitted on other prompts than those it is measured on (paper §3.2.1).
 
 Either a file of prompts is set aside for it, or each half of the prompts is calibrated by what the
 other half was fitted to (cross-fitting). A prompt that occurs twice is in one half only.
@@ -14,37 +14,37 @@ from dataclasses import dataclass
 import numpy as np
 
 from dspark.evaluation.rounds import Rounds, joined
-from dspark.scheduling.calibration import fit_temperatures
+from dspark.scheduling.calibration import fit_scale
 from dspark.scheduling.survival import survival
-from dspark.types import DoubleArray, IntArray
+from dspark.types import DoubleArray, IntArray, Scale
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Temperatures by position, which are 1 where too few rounds were verified to fit one."""
+    """A scale of γ positions."""
 
-    temperatures: tuple[float, ...]  # [γ]
+    scale: Scale
     verified: tuple[int, ...]  # [γ] rounds that it was fitted on at each position
     rounds: int
 
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """Survivals of every round by temperatures that its prompt had no part in."""
+    """Survivals of every round by a scale that its prompt had no part in."""
 
     fits: tuple[Fit, ...]  # one; two if cross-fitted
     survivals: Mapping[str, DoubleArray]  # [N, γ] by prompt file
 
 
 def fit(rounds: Rounds) -> Fit:
-    """STS on all of `rounds`."""
-    temperatures = fit_temperatures(rounds.confidences, rounds.verified, rounds.accepted)
+    """The scale of all `rounds`."""
+    scale = fit_scale(rounds.confidences, rounds.verified, rounds.accepted)
     verified = tuple(rounds.judged.sum(axis=0).tolist())
-    return Fit(temperatures, verified, int((rounds.verified > 0).sum()))
+    return Fit(scale, verified, int((rounds.verified > 0).sum()))
 
 
 def calibrated_by(fitted: Fit, files: Mapping[str, Rounds]) -> Calibrated:
-    """By temperatures from elsewhere."""
+    """By a scale from elsewhere."""
     return Calibrated((fitted,), {name: _survivals(r, fitted) for name, r in files.items()})
 
 
@@ -78,4 +78,4 @@ def raw_survivals(rounds: Rounds) -> DoubleArray:  # [N, γ]
 
 
 def _survivals(rounds: Rounds, fitted: Fit) -> DoubleArray:
-    return survival(rounds.confidences, fitted.temperatures).astype(np.float64)
+    return survival(rounds.confidences, fitted.scale).astype(np.float64)

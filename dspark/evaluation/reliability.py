@@ -4,7 +4,7 @@ A forecast is the survival a_k of a draft token that was verified, its outcome w
 all before it were accepted.
 
     ECE     mean distance, weighted by cases, between what a bin's forecasts promise and what came;
-            bins of equal mass, those that STS is fitted with (dspark.scheduling.calibration)
+            bins of equal mass, as scales are judged by (dspark.scheduling.calibration)
     Brier   mean squared distance of forecast and outcome
     AUC     chance that what was accepted had the higher forecast than what was not; ties count half
 

@@ -22,7 +22,7 @@ _CAPTIONS = {
     "figure-5-threshold-sweep": "Confidence threshold sweep (paper, Figure 5): blocks are cut "
     "before the first draft token whose raw confidence is below the threshold; 0 verifies all.",
     "figure-6-reliability": "Reliability of survival probabilities (paper, Figure 6), before and "
-    "after Sequential Temperature Scaling; bars show where the cases lie.",
+    "after calibration; bars show where the cases lie.",
 }
 
 

@@ -45,7 +45,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class ScoresAt:
-    """Before and after STS; position 0 stands for all positions together."""
+    """Before and after calibration; position 0 stands for all positions together."""
 
     position: int
     raw: Scores
@@ -81,7 +81,7 @@ class FileResult:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Where the temperatures that the results are calibrated by come from."""
+    """Where the scales that the results are calibrated by come from."""
 
     source: str
     fits: tuple[Fit, ...]

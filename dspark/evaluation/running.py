@@ -15,10 +15,10 @@ from dspark.evaluation.held_out import Fit, calibrated_by, cross_fitted, fit, in
 from dspark.evaluation.measuring import Arm
 from dspark.evaluation.rounds import Rounds, rounds_of
 from dspark.models.causal_drafter import is_causal_lm
-from dspark.models.checkpoint import read_config, save_calibration
+from dspark.models.checkpoint import read_calibration, read_config, save_calibration
 from dspark.models.drafter_folder import drafter_folder
-from dspark.scheduling.calibration import LEAST_SAMPLES, CalibrationTable
-from dspark.types import SamplingParams, VerifyMode
+from dspark.scheduling.calibration import LEAST_SAMPLES, CalibrationTable, whole_scale
+from dspark.types import SamplingParams, Scale, Scales, VerifyMode
 
 SHIPPED = "shipped"
 
@@ -31,7 +31,7 @@ class EvaluationPlan:
     drafters: tuple[str, ...]  # folders; "": the one shipped for the target
     modes: tuple[VerifyMode, ...]
     files: Mapping[str, Sequence[str]]  # prompts by file
-    held_out: tuple[str, Sequence[str]] | None  # name and prompts that STS is fitted on
+    held_out: tuple[str, Sequence[str]] | None  # name and prompts to calibrate on
     tokens: int  # of an answer, at most
     temperature: float
     block_size: int  # 0: the drafter's own
@@ -70,10 +70,11 @@ def run(plan: EvaluationPlan, on_progress: Callable[[int], None] = lambda done: 
     return [arm for drafter in plan.drafters for arm in _arms(plan, drafter, count)]
 
 
-def save_fit(arm: Arm, target: str) -> str:
-    """Write the arm's temperatures beside its drafter's weights; returns the folder.
+def save_fit(arm: Arm, target: str, *, greedy: bool) -> str:
+    """Write the arm's scale beside its drafter's weights; returns the folder.
 
-    ConfigError if they are not those of all its positions.
+    It is that of greedy requests or of those that sample; the other stays as it is there.
+    ConfigError if it is not of all its positions.
     """
     (fitted,) = arm.calibrated.fits
     folder = drafter_folder(ModelConfig(target=target, drafter=arm.drafter))
@@ -90,7 +91,11 @@ def save_fit(arm: Arm, target: str) -> str:
             f"{', '.join(map(str, fitted.verified))}: calibrate on more prompts or longer answers"
         )
     size = arm.own_block_size
-    table = CalibrationTable(fitted.temperatures, size, arm.fingerprint, fitted.rounds)
+    kept = read_calibration(folder, size)
+    plain = whole_scale(Scale(), size)
+    scales = Scales(plain, plain) if kept is None else kept.scales
+    scales = replace(scales, **{"greedy" if greedy else "sampled": fitted.scale})
+    table = CalibrationTable(scales, size, arm.fingerprint, fitted.rounds)
     try:
         save_calibration(folder, table, size)
     except OSError as error:

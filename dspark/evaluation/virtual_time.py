@@ -108,7 +108,7 @@ class Blocks:
     ) -> Blocks:
         """Kinds of text whose tokens stand by so many chances on the average.
 
-        Confidences are spread over [0, 1] and say the truth, as ones after STS almost do.
+        Confidences are spread over [0, 1] and say the truth, as calibrated ones almost do.
         """
         generator = np.random.default_rng(seed)
         confidences, accepted = [], []

@@ -198,32 +198,46 @@ class ClassLoad(_message.Message):
     def __init__(self, name: _Optional[str] = ..., requests: _Optional[int] = ..., floors: _Optional[int] = ..., floors_missed: _Optional[int] = ..., late_first_tokens: _Optional[int] = ...) -> None: ...
 
 class BlockOutcomes(_message.Message):
-    __slots__ = ("block_size", "verified", "accepted", "confidences", "temperatures")
+    __slots__ = ("block_size", "verified", "accepted", "confidences", "greedy", "sampled_scale", "greedy_scale")
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     CONFIDENCES_FIELD_NUMBER: _ClassVar[int]
-    TEMPERATURES_FIELD_NUMBER: _ClassVar[int]
+    GREEDY_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_SCALE_FIELD_NUMBER: _ClassVar[int]
+    GREEDY_SCALE_FIELD_NUMBER: _ClassVar[int]
     block_size: int
     verified: bytes
     accepted: bytes
     confidences: bytes
+    greedy: bytes
+    sampled_scale: Scale
+    greedy_scale: Scale
+    def __init__(self, block_size: _Optional[int] = ..., verified: _Optional[bytes] = ..., accepted: _Optional[bytes] = ..., confidences: _Optional[bytes] = ..., greedy: _Optional[bytes] = ..., sampled_scale: _Optional[_Union[Scale, _Mapping]] = ..., greedy_scale: _Optional[_Union[Scale, _Mapping]] = ...) -> None: ...
+
+class Scale(_message.Message):
+    __slots__ = ("temperatures", "biases")
+    TEMPERATURES_FIELD_NUMBER: _ClassVar[int]
+    BIASES_FIELD_NUMBER: _ClassVar[int]
     temperatures: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, block_size: _Optional[int] = ..., verified: _Optional[bytes] = ..., accepted: _Optional[bytes] = ..., confidences: _Optional[bytes] = ..., temperatures: _Optional[_Iterable[float]] = ...) -> None: ...
+    biases: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, temperatures: _Optional[_Iterable[float]] = ..., biases: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class CalibrationTable(_message.Message):
-    __slots__ = ("temperatures", "block_size", "drafter_fingerprint", "blocks", "epoch")
-    TEMPERATURES_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("sampled_scale", "greedy_scale", "block_size", "drafter_fingerprint", "blocks", "epoch")
+    SAMPLED_SCALE_FIELD_NUMBER: _ClassVar[int]
+    GREEDY_SCALE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    temperatures: _containers.RepeatedScalarFieldContainer[float]
+    sampled_scale: Scale
+    greedy_scale: Scale
     block_size: int
     drafter_fingerprint: str
     blocks: int
     epoch: int
-    def __init__(self, temperatures: _Optional[_Iterable[float]] = ..., block_size: _Optional[int] = ..., drafter_fingerprint: _Optional[str] = ..., blocks: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    def __init__(self, sampled_scale: _Optional[_Union[Scale, _Mapping]] = ..., greedy_scale: _Optional[_Union[Scale, _Mapping]] = ..., block_size: _Optional[int] = ..., drafter_fingerprint: _Optional[str] = ..., blocks: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("epoch", "policy", "block_size", "max_draft_tokens", "valid_for_ms", "calibration", "draft_by_request", "max_blocks")

@@ -1,16 +1,18 @@
-"""Calibration of the confidences: Sequential Temperature Scaling (STS, paper §3.2).
+"""Calibration of the confidences: the paper's Sequential Temperature Scaling, with a bias (§3.2).
 
-For k = 1..γ in turn, with the positions before k fixed, a grid search finds the temperature of
-c_k's logit at which the survival Π_{i≤k} c_i is off by the least, against "the first k draft tokens
-were accepted". A temperature keeps the order of a position's confidences.
+The paper finds for each position k the temperature T_k at which the survival Π_{i≤k} c_i is off by
+the least. A temperature cannot move a confidence over one half, and that is what greedy requests
+need: of tokens that a drafter is half sure of, more than half are the target's likeliest. So a
+position's confidences become σ(logit(c) / T + b), which keeps their order as well; T and b are the
+likeliest, among the blocks whose first k - 1 tokens stood, for what became of the k-th (logistic
+regression, Platt 1999). Chances that hold given what came before make survivals that hold. Requests
+that sample and greedy ones have scales of their own. docs/benchmarks.md has what it brings.
 
 Blocks of served traffic are verified in part, and how far depends on their confidences. Position k
-is fitted on the blocks that were verified at k, on all of them and on no others. Which those are
-follows from their confidences, not from what became of their tokens; so among blocks that promise
-the same, the share that survives is what it is among all. A block that fell within a shorter cut is
-left out although it did not survive to k: those that stood up to the same cut cannot be counted
-beside it, and failures alone would make every late position look worse than it is. What trimming
-leaves out is not learned from: temperatures are best where draft tokens are worth verifying.
+is fitted on the blocks that were verified at k. Which those are follows from their confidences, not
+from what became of their tokens; so among blocks that promise the same, the share that stands is
+what it is among all. What trimming leaves out is not learned from: scales are best where draft
+tokens are worth verifying.
 
 N blocks, γ block size.
 """
@@ -19,7 +21,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,31 +29,42 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark.errors import CalibrationError
-from dspark.scheduling.survival import logits, survival, tempered
-from dspark.types import DoubleArray, FloatArray, IntArray
+from dspark.scheduling.survival import logits, survivals_of
+from dspark.types import (
+    RAW_SCALE,
+    RAW_SCALES,
+    BoolArray,
+    DoubleArray,
+    FloatArray,
+    IntArray,
+    Scale,
+    Scales,
+)
 
 log = logging.getLogger(__name__)
 
 BINS = 10
-LEAST_SAMPLES = 512  # blocks verified at a position; the bins of fewer are mostly noise
-# From 1/8 to 8 in steps of 9 %, the nearest to 1 first: of equal ones it is taken.
-_GRID = sorted((2.0 ** (step / 8) for step in range(-24, 25)), key=lambda t: abs(math.log(t)))
-MAX_TABLE_BYTES = 16384  # as JSON
-_RANGE = (0.05, 20.0)  # of a temperature, wherever it was fitted
+LEAST_SAMPLES = 512  # blocks verified at a position, for a table that is to be kept
+MAX_TABLE_BYTES = 32768  # as JSON
+_TEMPERATURES, _BIASES = (0.05, 20.0), (-8.0, 8.0)  # wherever they were fitted
 _MAX_POSITIONS = 256
 _MAX_TEXT = 128
 MAX_EPOCH = _MAX_COUNT = 2**63 - 1
+# Belief in the scale there was: it weighs as much as some twenty blocks do.
+_PRECISION = 4.0
+_MOST_STEPS, _CONVERGED = 50, 1e-9
+_WHERE = np.array([[1.0 / _TEMPERATURES[1], _BIASES[0]], [1.0 / _TEMPERATURES[0], _BIASES[1]]])
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationTable:
-    """Temperatures of one drafter's confidences, by position in the block.
+    """Scales of one drafter's confidences, for each position in the block.
 
     A block that is shorter than the drafter's γ takes the first ones. CalibrationError if a value
     cannot be.
     """
 
-    temperatures: tuple[float, ...]  # [γ]
+    scales: Scales
     block_size: int  # γ, the drafter's own
     drafter_fingerprint: str
     blocks: int  # that were fitted on
@@ -70,11 +82,11 @@ class CalibrationTable:
         fingerprint = self.drafter_fingerprint
         if not isinstance(fingerprint, str) or not 0 < len(fingerprint) <= _MAX_TEXT:
             refuse("drafter_fingerprint", fingerprint, f"a text of 1 to {_MAX_TEXT} characters")
-        if len(self.temperatures) != self.block_size or not all(
-            map(temperature_can_be, self.temperatures)
-        ):
-            low, high = _RANGE
-            refuse("temperatures", self.temperatures, f"block_size numbers from {low} to {high}")
+        for kind in _KINDS:
+            scale = getattr(self.scales, kind)
+            lengths = {len(scale.temperatures), len(scale.biases)}
+            if lengths != {self.block_size} or not scale_can_be(scale):
+                refuse(f"{kind} scale", scale, f"block_size of each; {_scale_wanted()}")
 
     def check_fits(self, block_size: int, fingerprint: str) -> None:
         """CalibrationError if the table is not of the drafter of that γ and fingerprint."""
@@ -101,22 +113,28 @@ class CalibrationTable:
             raw: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise CalibrationError(f"a calibration table must be JSON: {error}") from error
-        names = set(cls.__slots__)
-        if not isinstance(raw, dict) or raw.keys() != names:
-            raise CalibrationError(
-                f"a calibration table is an object of {sorted(names)}; got "
-                f"{sorted(raw) if isinstance(raw, dict) else type(raw).__name__}"
-            )
-        if not isinstance(raw["temperatures"], list) or not all(
-            type(t) in (int, float) for t in raw["temperatures"]
-        ):
-            raise CalibrationError("temperatures of a calibration table must be a list of numbers")
-        return cls(**{**raw, "temperatures": tuple(map(float, raw["temperatures"]))})
+        table = _members(raw, "a calibration table", cls.__slots__)
+        kinds = _members(table["scales"], "its scales", _KINDS)
+        scales = Scales(**{kind: _scale_from(kinds[kind], f"its {kind} scale") for kind in _KINDS})
+        return cls(**{**table, "scales": scales})
 
 
-def temperature_can_be(value: float) -> bool:
-    """Whether a temperature lies where a fit may have put it."""
-    return isinstance(value, float) and _RANGE[0] <= value <= _RANGE[1]
+def scale_can_be(scale: Scale) -> bool:
+    """Whether a scale's numbers lie where a fit may have put them."""
+    return all(
+        isinstance(value, float) and low <= value <= high
+        for values, (low, high) in (
+            (scale.temperatures, _TEMPERATURES),
+            (scale.biases, _BIASES),
+        )
+        for value in values
+    )
+
+
+def whole_scale(scale: Scale, block_size: int) -> Scale:
+    """With the values that are missing."""
+    more = block_size - len(scale.temperatures), block_size - len(scale.biases)
+    return Scale(scale.temperatures + (1.0,) * more[0], scale.biases + (0.0,) * more[1])
 
 
 class CalibrationInUse:
@@ -130,9 +148,9 @@ class CalibrationInUse:
         self.refused = 0
 
     @property
-    def temperatures(self) -> tuple[float, ...]:
-        """By position; empty before any table came."""
-        return () if self._table is None else self._table.temperatures
+    def scales(self) -> Scales:
+        """Those that change nothing before any table came."""
+        return RAW_SCALES if self._table is None else self._table.scales
 
     @property
     def epoch(self) -> int:
@@ -152,42 +170,67 @@ class CalibrationInUse:
             self._table = table
 
 
-def fit_temperatures(
+def fit_scale(
     confidences: npt.ArrayLike,  # [N, γ] raw; past verified_lengths anything, NaN included
     verified_lengths: npt.ArrayLike,  # [N]
     accepted_lengths: npt.ArrayLike,  # [N]
-    previous: Sequence[float] = (),  # by position; missing ones are 1
-) -> tuple[float, ...]:  # [γ]
-    """Temperatures fitted to held-out blocks.
+    previous: Scale = RAW_SCALE,
+) -> Scale:  # of γ positions
+    """The scale of held-out blocks of one kind of request.
 
-    A position at which fewer than LEAST_SAMPLES blocks were verified keeps its previous
-    temperature, since neither noise nor another position's error says anything about its own.
+    It stays near the previous one where there is little evidence, and keeps it where there is none.
     """
     given, verified, accepted = _blocks(confidences, verified_lengths, accepted_lengths)
-    raw = logits(given)
-    reached = np.ones(len(raw))  # survival up to the position before
-    fitted: list[float] = []
-    for k in range(raw.shape[1]):
-        known = verified > k
-        before, own, stood = reached[known], raw[known, k], accepted[known] > k
-        temperature = previous[k] if k < len(previous) else 1.0
-        if len(own) >= LEAST_SAMPLES:
-            errors = [expected_calibration_error(before * tempered(own, t), stood) for t in _GRID]
-            temperature = _GRID[int(np.argmin(errors))]
-        reached[known] = before * tempered(own, temperature)
-        fitted.append(temperature)
-    return tuple(fitted)
+    raw, old = logits(given), whole_scale(previous, given.shape[1])
+    temperatures, biases = [], []
+    for k in range(given.shape[1]):
+        known = (verified > k) & (accepted >= k)
+        before = 1.0 / old.temperatures[k], old.biases[k]
+        slope, bias = _likeliest(raw[known, k], accepted[known] > k, *before)
+        temperatures.append(min(max(1.0 / slope, _TEMPERATURES[0]), _TEMPERATURES[1]))
+        biases.append(bias)
+    return Scale(tuple(temperatures), tuple(biases))
+
+
+def _likeliest(
+    x: DoubleArray,  # [M] logits
+    stood: BoolArray,  # [M]
+    slope: float,
+    bias: float,
+) -> tuple[float, float]:
+    """Slope and bias at which σ(slope·x + bias) foretells best, close to those given."""
+    around = at = np.array([slope, bias])
+    rows = np.stack([x, np.ones_like(x)], axis=1)
+    signs = np.where(stood, 1.0, -1.0)
+
+    def loss(where: DoubleArray) -> float:
+        misses = np.logaddexp(0.0, -signs * (rows @ where)).sum()
+        return float(misses + 0.5 * _PRECISION * ((where - around) ** 2).sum())
+
+    now = loss(at)
+    for _ in range(_MOST_STEPS):
+        chance = 1.0 / (1.0 + np.exp(-(rows @ at)))
+        gradient = rows.T @ (chance - stood) + _PRECISION * (at - around)
+        curvature = (rows * (chance * (1.0 - chance))[:, None]).T @ rows + _PRECISION * np.eye(2)
+        step = np.linalg.solve(curvature, gradient)
+        while (then := loss(new := np.clip(at - step, *_WHERE))) > now:
+            step = step / 2
+        gained, at, now = now - then, new, then
+        if gained <= _CONVERGED * (1.0 + now):
+            break
+    return float(at[0]), float(at[1])
 
 
 def survival_error(
-    confidences: npt.ArrayLike,  # [N, γ], like the next two as in fit_temperatures
+    confidences: npt.ArrayLike,  # [N, γ], like the next two as in fit_scale
     verified_lengths: npt.ArrayLike,  # [N]
     accepted_lengths: npt.ArrayLike,  # [N]
-    temperatures: Sequence[float] = (),  # by position; missing ones are 1
+    greedy: BoolArray,  # [N] whether the request was
+    scales: Scales = RAW_SCALES,
 ) -> float:
     """Calibration error of the survivals: the mean over all verified draft tokens, by position."""
     given, verified, accepted = _blocks(confidences, verified_lengths, accepted_lengths)
-    predicted = survival(given.astype(np.float32), temperatures).astype(np.float64)
+    predicted = survivals_of(given.astype(np.float32), greedy, scales).astype(np.float64)
     total = count = 0.0
     for k in range(given.shape[1]):
         known = verified > k
@@ -200,7 +243,7 @@ def survival_error(
 
 def expected_calibration_error(
     predicted: DoubleArray | FloatArray,  # [N], 0..1
-    observed: npt.NDArray[np.bool_],  # [N]
+    observed: BoolArray,  # [N]
     bins: int = BINS,
 ) -> float:
     """ECE: how far predicted and observed rates are apart, a mean over bins of equal mass.
@@ -226,6 +269,34 @@ def mass_bins(predicted: DoubleArray | FloatArray, bins: int = BINS) -> IntArray
         return np.zeros(0, dtype=np.int64)
     edges = np.sort(predicted)[np.arange(1, bins) * count // bins]
     return np.searchsorted(edges, predicted, side="right")
+
+
+_KINDS = ("sampled", "greedy")
+
+
+def _scale_wanted() -> str:
+    return (
+        f"temperatures from {_TEMPERATURES[0]} to {_TEMPERATURES[1]}, biases from {_BIASES[0]} to "
+        f"{_BIASES[1]}"
+    )
+
+
+def _members(raw: object, what: str, names: Sequence[str]) -> dict[str, Any]:
+    """CalibrationError if `raw` is no object of these members."""
+    if not isinstance(raw, dict) or raw.keys() != set(names):
+        raise CalibrationError(
+            f"{what} must be an object of {sorted(names)}; got "
+            f"{sorted(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__}"
+        )
+    return raw
+
+
+def _scale_from(raw: object, what: str) -> Scale:
+    members = _members(raw, what, Scale.__slots__)
+    for name, values in members.items():
+        if not isinstance(values, list) or not all(type(v) in (int, float) for v in values):
+            raise CalibrationError(f"{name} of {what} must be a list of numbers")
+    return Scale(**{name: tuple(map(float, values)) for name, values in members.items()})
 
 
 def _blocks(

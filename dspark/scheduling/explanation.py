@@ -13,7 +13,15 @@ from enum import StrEnum
 
 from dspark.scheduling.planner import Plan
 from dspark.scheduling.survival import ABSENT, survival_table
-from dspark.types import FloatArray, StepPlan, StepReport, VerificationPolicy, VerificationResult
+from dspark.types import (
+    RAW_SCALES,
+    FloatArray,
+    Scales,
+    StepPlan,
+    StepReport,
+    VerificationPolicy,
+    VerificationResult,
+)
 
 KEPT_STEPS = 64
 SHOWN_REQUESTS = 256  # of one step
@@ -43,7 +51,8 @@ class Planned:
     requests: int  # decoding
     # Of their blocks, [γ_r] each, raw; none where no block was here.
     confidences: Sequence[FloatArray] = ()
-    temperatures: tuple[float, ...] = ()
+    greedy: Sequence[bool] = ()  # whether those requests are
+    scales: Scales = RAW_SCALES
     looked_up: bool = False
     ceiling: int | None = None  # on draft tokens, from the plan or from earlier steps
     found: Plan | None = None  # None: nothing was searched for, so nothing is predicted
@@ -132,7 +141,8 @@ class StepRecord:
         shown = min(planned.requests, SHOWN_REQUESTS)
         rows: list[tuple[float, ...]] = [()] * shown
         if planned.confidences:
-            table = survival_table(planned.confidences[:shown], planned.temperatures)
+            of = planned.confidences[:shown], planned.greedy[:shown]
+            table = survival_table(*of, planned.scales)
             rows = [tuple(row[row > ABSENT].tolist()) for row in table]
         requests = zip(
             self.request_ids, rows, self.verified, self.accepted, self.committed, strict=False

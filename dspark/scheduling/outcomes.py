@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from dspark.types import BlockOutcomes, VerificationResult
+from dspark.types import BlockOutcomes, Scales, VerificationResult
 
 MOST_BLOCKS = 32  # told of at a time; γ of 7 makes that about a kilobyte
 _EVERY = 16  # steps
@@ -39,8 +39,8 @@ class OutcomeSample:
             elif (place := self._rng.randrange(self._seen)) < MOST_BLOCKS:
                 self._kept[place] = result
 
-    def take(self, temperatures: tuple[float, ...]) -> BlockOutcomes | None:
-        """What to report, when it is time again; `temperatures` are those in use."""
+    def take(self, scales: Scales) -> BlockOutcomes | None:
+        """What to report, when it is time again; `scales` are those in use."""
         if self._steps < _EVERY or not self._kept:
             return None
         size = self._block_size
@@ -52,7 +52,8 @@ class OutcomeSample:
             confidences=confidences,
             verified=np.array([min(len(r.confidences), size) for r in self._kept]),
             accepted=np.array([min(r.accepted, size) for r in self._kept]),
-            temperatures=temperatures,
+            greedy=np.array([r.greedy for r in self._kept]),
+            scales=scales,
         )
         self._kept = []
         self._seen = self._steps = 0

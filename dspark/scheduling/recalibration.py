@@ -1,10 +1,10 @@
-"""Calibration kept true to the traffic: from verifiers' reports to new tables of temperatures.
+"""Calibration kept true to the traffic: from verifiers' reports to new tables of scales.
 
-Each drafter of each model has a window of its latest reported blocks. Now and then temperatures are
+Each drafter of each model has a window of its latest reported blocks. Now and then scales are
 fitted to one half of it and judged by the other. They become a table with a new epoch only if they
 lessen the error by enough: a table is replaced when the traffic has changed, and not for noise.
 
-This keeps `rejection` mode lossless. Temperatures are fitted to blocks of finished steps alone; the
+This keeps `rejection` mode lossless. Scales are fitted to blocks of finished steps alone; the
 confidences of the step at hand do no more than rank its draft tokens, as Algorithm 1 allows them
 to. So what is drawn in a step has no say in whether it is verified (paper, Appendix A).
 
@@ -24,10 +24,10 @@ import numpy as np
 from dspark.scheduling.calibration import (
     MAX_EPOCH,
     CalibrationTable,
-    fit_temperatures,
+    fit_scale,
     survival_error,
 )
-from dspark.types import BlockOutcomes, FloatArray, IntArray
+from dspark.types import BlockOutcomes, BoolArray, FloatArray, IntArray, Scales
 
 WINDOW = 8192  # blocks
 FIRST_BLOCKS = 2048  # of evidence before the first fit
@@ -47,12 +47,13 @@ class Drafter:
 
 @dataclass(frozen=True, slots=True)
 class Refit:
-    """Temperatures, and calibration errors of survivals on blocks that they were not fitted to."""
+    """Scales, and calibration errors of survivals on blocks that they were not fitted to."""
 
     drafter: Drafter
-    temperatures: tuple[float, ...]
+    scales: Scales
+    block_size: int
     blocks: int  # fitted to
-    raw_error: float  # without temperatures
+    raw_error: float  # without any
     error_in_use: float  # with those in use
     error: float  # with these
 
@@ -65,21 +66,33 @@ class Sample:
     confidences: FloatArray  # [N, γ]
     verified: IntArray  # [N]
     accepted: IntArray  # [N]
-    in_use: tuple[float, ...]
+    greedy: BoolArray  # [N]
+    in_use: Scales
 
     def refit(self) -> Refit:
-        """Fit to every other block, judge by the rest."""
-        fitted, judged = (
-            (self.confidences[i::2], self.verified[i::2], self.accepted[i::2]) for i in (0, 1)
+        """Fit to every other block of each kind, judge by the rest."""
+        sampled, greedy = np.nonzero(~self.greedy)[0], np.nonzero(self.greedy)[0]
+        scales = Scales(
+            sampled=fit_scale(*self._blocks(sampled[::2])[:3], self.in_use.sampled),
+            greedy=fit_scale(*self._blocks(greedy[::2])[:3], self.in_use.greedy),
         )
-        temperatures = fit_temperatures(*fitted, self.in_use)
+        judged = self._blocks(np.concatenate([sampled[1::2], greedy[1::2]]))
         return Refit(
             drafter=self.drafter,
-            temperatures=temperatures,
-            blocks=len(fitted[0]),
+            scales=scales,
+            block_size=self.confidences.shape[1],
+            blocks=len(sampled[::2]) + len(greedy[::2]),
             raw_error=survival_error(*judged),
             error_in_use=survival_error(*judged, self.in_use),
-            error=survival_error(*judged, temperatures),
+            error=survival_error(*judged, scales),
+        )
+
+    def _blocks(self, chosen: IntArray) -> tuple[FloatArray, IntArray, IntArray, BoolArray]:
+        return (
+            self.confidences[chosen],
+            self.verified[chosen],
+            self.accepted[chosen],
+            self.greedy[chosen],
         )
 
 
@@ -90,7 +103,7 @@ class CalibrationStatus:
     drafter: Drafter
     table: CalibrationTable | None  # that was published last
     blocks: int  # in the window
-    raw_error: float  # at the last fit, without temperatures; 0 before any
+    raw_error: float  # at the last fit, by raw confidences; 0 before any
     error: float  # and with those that were in use after it
     misfits: int  # reports left out, being of another block size
 
@@ -102,11 +115,12 @@ class _Window:
         self.confidences = np.zeros((WINDOW, block_size), dtype=np.float32)
         self.verified = np.zeros(WINDOW, dtype=np.int64)
         self.accepted = np.zeros(WINDOW, dtype=np.int64)
+        self.greedy = np.zeros(WINDOW, dtype=np.bool_)
         self.taken = 0  # blocks, ever
         self.fitted_at = 0  # of `taken`
         self.fitted_at_s = -np.inf
         self.fitting = False
-        self.reported: tuple[float, ...] = ()  # temperatures that verifiers use
+        self.reported = Scales()  # that verifiers use
         self.reported_epoch = 0  # of their table
 
     @property
@@ -118,9 +132,10 @@ class _Window:
         self.confidences[where] = outcomes.confidences
         self.verified[where] = outcomes.verified
         self.accepted[where] = outcomes.accepted
+        self.greedy[where] = outcomes.greedy
         self.taken += len(where)
         if epoch >= self.reported_epoch:
-            self.reported, self.reported_epoch = outcomes.temperatures, epoch
+            self.reported, self.reported_epoch = outcomes.scales, epoch
 
 
 @dataclass(slots=True)
@@ -183,12 +198,13 @@ class Recalibration:
         in_use = window.reported
         # Verifiers may have a newer table than the store had kept.
         if table is not None and table.epoch >= window.reported_epoch:
-            in_use = table.temperatures
+            in_use = table.scales
         return Sample(
             drafter,
             window.confidences[:size].copy(),
             window.verified[:size].copy(),
             window.accepted[:size].copy(),
+            window.greedy[:size].copy(),
             in_use,
         )
 
@@ -203,8 +219,8 @@ class Recalibration:
             account.epoch = min(account.epoch + 1, MAX_EPOCH)
             account.error = refit.error
             account.table = CalibrationTable(
-                refit.temperatures,
-                len(refit.temperatures),
+                refit.scales,
+                refit.block_size,
                 refit.drafter.fingerprint,
                 refit.blocks,
                 account.epoch,

@@ -1,12 +1,13 @@
-"""Survival probabilities (paper §3.2): a_j = Π_{i≤j} c_i, calibrated by temperature (STS)."""
+"""Survival probabilities (paper §3.2): a_j = Π_{i≤j} c_i, of calibrated confidences c_i."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from dspark.types import DoubleArray, FloatArray
+from dspark.types import RAW_SCALE, RAW_SCALES, BoolArray, DoubleArray, FloatArray, Scale, Scales
 
 ABSENT = np.float32(-1.0)  # in a table of survivals: the block has no token there
 FEW = 64  # draft tokens in all, up to which numpy costs more than it saves
@@ -14,49 +15,80 @@ _EPS = 1e-6
 
 
 def survival(
-    confidences: FloatArray,  # [..., γ]
-    temperatures: Sequence[float] = (),  # by position; missing ones are 1
+    confidences: FloatArray,  # [..., γ] raw
+    scale: Scale = RAW_SCALE,
 ) -> FloatArray:  # [..., γ], never increasing
     """Chance that each draft token and all before it are accepted."""
-    calibrated = np.clip(np.asarray(confidences, dtype=np.float64), _EPS, 1.0 - _EPS)
-    if len(temperatures):
-        power = np.ones(calibrated.shape[-1])
-        power[: len(temperatures)] = temperatures[: len(power)]
-        np.divide(1.0, power, out=power)
-        # σ(logit / T), with fewer steps: the odds to the power of 1 / T
-        good = calibrated**power
-        calibrated = good / (good + (1.0 - calibrated) ** power)
-    return np.cumprod(calibrated, axis=-1).astype(np.float32)
+    if scale == RAW_SCALE:
+        return _survival(confidences)
+    return _survival(confidences, _factors(scale, np.shape(confidences)[-1]))
+
+
+def survivals_of(
+    confidences: FloatArray,  # [N, γ] raw
+    greedy: BoolArray | Sequence[bool],  # [N]
+    scales: Scales,
+) -> FloatArray:  # [N, γ]
+    """The same of requests of both kinds."""
+    if scales == RAW_SCALES:
+        return _survival(confidences)
+    kinds = [_factors(scale, confidences.shape[1]) for scale in (scales.sampled, scales.greedy)]
+    powers, odds = (np.stack(both) for both in zip(*kinds, strict=True))
+    kind = np.asarray(greedy, dtype=np.int64)
+    return _survival(confidences, (powers[kind], odds[kind]))
 
 
 def survival_table(
-    blocks: Sequence[FloatArray],  # R ≥ 1 confidences, [γ_r] each; none without a block
-    temperatures: Sequence[float] = (),
+    blocks: Sequence[FloatArray],  # R ≥ 1 confidences, [γ_r] each, raw; none without a block
+    greedy: Sequence[bool] = (),  # R, whether the request is; empty: none is
+    scales: Scales = RAW_SCALES,
 ) -> FloatArray:  # [R, max γ_r]
     """Survivals of many blocks at once, ABSENT past a block's end."""
     sizes = [len(block) for block in blocks]
+    greedy = greedy or [False] * len(blocks)
     if sum(sizes) <= FEW:
-        return _few(blocks, max(sizes), temperatures)
+        return _few(blocks, greedy, scales, max(sizes))
     if sizes.count(sizes[0]) == len(sizes):  # as mostly: nothing is absent
-        return survival(np.array(blocks), temperatures)
+        return survivals_of(np.array(blocks), greedy, scales)
     there = np.arange(max(sizes)) < np.array(sizes)[:, None]
     confidences = np.ones(there.shape, dtype=np.float32)
     confidences[there] = np.concatenate(blocks)
-    return np.where(there, survival(confidences, temperatures), ABSENT)
+    return np.where(there, survivals_of(confidences, greedy, scales), ABSENT)
 
 
-def _few(blocks: Sequence[FloatArray], width: int, temperatures: Sequence[float]) -> FloatArray:
+def _survival(
+    confidences: FloatArray, factors: tuple[DoubleArray, DoubleArray] | None = None
+) -> FloatArray:
+    calibrated = np.clip(np.asarray(confidences, dtype=np.float64), _EPS, 1.0 - _EPS)
+    if factors is not None:
+        # σ(logit / T + b), with fewer steps: the odds to the power of 1 / T, times e^b
+        powers, odds = factors
+        good = calibrated**powers * odds
+        calibrated = good / (good + (1.0 - calibrated) ** powers)
+    return np.cumprod(calibrated, axis=-1).astype(np.float32)
+
+
+def _factors(scale: Scale, width: int) -> tuple[DoubleArray, DoubleArray]:  # [γ] each
+    """1 / T and e^b by position."""
+    powers, odds = np.ones(width), np.ones(width)
+    powers[: len(scale.temperatures)] = 1.0 / np.array(scale.temperatures[:width])
+    odds[: len(scale.biases)] = np.exp(scale.biases[:width])
+    return powers, odds
+
+
+def _few(
+    blocks: Sequence[FloatArray], greedy: Sequence[bool], scales: Scales, width: int
+) -> FloatArray:
     """The same, where calls of numpy would cost more than they do."""
-    powers = [1.0 / t for t in temperatures[:width]]
-    powers += [1.0] * (width - len(powers))
+    kinds = [_few_factors(scale, width) for scale in (scales.sampled, scales.greedy)]
     table = []
-    for block in blocks:
+    for block, kind in zip(blocks, greedy, strict=True):
         row, survives = [], 1.0
-        for confidence, power in zip(block.tolist(), powers, strict=False):
+        for confidence, (power, odds) in zip(block.tolist(), kinds[kind], strict=False):
             good = min(max(confidence, _EPS), 1.0 - _EPS)
-            if power != 1.0:
+            if (power, odds) != (1.0, 1.0):
                 bad = (1.0 - good) ** power
-                good **= power
+                good = good**power * odds
                 good /= good + bad
             survives *= good
             row.append(survives)
@@ -64,12 +96,15 @@ def _few(blocks: Sequence[FloatArray], width: int, temperatures: Sequence[float]
     return np.array(table, dtype=np.float32)
 
 
+def _few_factors(scale: Scale, width: int) -> list[tuple[float, float]]:
+    powers = [1.0 / t for t in scale.temperatures[:width]]
+    odds = [math.exp(b) for b in scale.biases[:width]]
+    powers += [1.0] * (width - len(powers))
+    odds += [1.0] * (width - len(odds))
+    return list(zip(powers, odds, strict=True))
+
+
 def logits(confidences: DoubleArray) -> DoubleArray:
     """log(c / (1 - c)), finite also for a c of 0 or 1."""
     inner = np.clip(confidences, _EPS, 1.0 - _EPS)
     return np.asarray(np.log(inner / (1.0 - inner)))
-
-
-def tempered(confidence_logits: DoubleArray, temperature: float | DoubleArray) -> DoubleArray:
-    """σ(logit / T): a confidence at another temperature."""
-    return np.asarray(1.0 / (1.0 + np.exp(-confidence_logits / temperature)))

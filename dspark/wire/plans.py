@@ -7,9 +7,11 @@ import numpy as np
 from dspark.config import MAX_BLOCK_SIZE
 from dspark.errors import CalibrationError, ProtocolError
 from dspark.pb import scheduler_pb2
-from dspark.scheduling.calibration import CalibrationTable, temperature_can_be
+from dspark.scheduling.calibration import CalibrationTable, scale_can_be
 from dspark.types import (
     BlockOutcomes,
+    Scale,
+    Scales,
     StepPlan,
     StepReport,
     VerificationPolicy,
@@ -84,7 +86,9 @@ def _outcomes_to_pb(outcomes: BlockOutcomes) -> scheduler_pb2.BlockOutcomes:
         verified=verified.astype(np.uint8).tobytes(),
         accepted=outcomes.accepted.astype(np.uint8).tobytes(),
         confidences=told.astype("<f4").tobytes(),
-        temperatures=outcomes.temperatures,
+        greedy=outcomes.greedy.astype(np.uint8).tobytes(),
+        sampled_scale=_scale_to_pb(outcomes.scales.sampled),
+        greedy_scale=_scale_to_pb(outcomes.scales.greedy),
     )
 
 
@@ -111,18 +115,37 @@ def outcomes_from_pb(message: scheduler_pb2.BlockOutcomes) -> BlockOutcomes:
     told = np.frombuffer(message.confidences, dtype="<f4")
     if not ((told >= 0) & (told <= 1)).all():
         raise ProtocolError("confidences of outcomes must lie in 0..1")
-    temperatures = tuple(message.temperatures)
-    if len(temperatures) > size or not all(map(temperature_can_be, temperatures)):
-        raise ProtocolError(f"temperatures of outcomes cannot be {temperatures}")
+    greedy = np.frombuffer(message.greedy, dtype=np.uint8)
+    if len(greedy) != count or (greedy > 1).any():
+        raise ProtocolError(f"each block is greedy, 1, or not, 0; got {greedy.tolist()}")
+    scales = _scales_from_pb(message)
+    for scale in (scales.sampled, scales.greedy):
+        if max(len(scale.temperatures), len(scale.biases)) > size or not scale_can_be(scale):
+            raise ProtocolError(f"a scale of outcomes cannot be {scale}")
     confidences = np.full((count, size), np.nan, dtype=np.float32)
     confidences[np.arange(size) < verified[:, None]] = told
-    return BlockOutcomes(confidences, verified, accepted, temperatures)
+    return BlockOutcomes(confidences, verified, accepted, greedy.astype(np.bool_), scales)
+
+
+def _scale_to_pb(scale: Scale) -> scheduler_pb2.Scale:
+    return scheduler_pb2.Scale(temperatures=scale.temperatures, biases=scale.biases)
+
+
+def _scales_from_pb(
+    message: scheduler_pb2.BlockOutcomes | scheduler_pb2.CalibrationTable,
+) -> Scales:
+    sampled, greedy = message.sampled_scale, message.greedy_scale
+    return Scales(
+        sampled=Scale(tuple(sampled.temperatures), tuple(sampled.biases)),
+        greedy=Scale(tuple(greedy.temperatures), tuple(greedy.biases)),
+    )
 
 
 def table_to_pb(table: CalibrationTable) -> scheduler_pb2.CalibrationTable:
     """A calibration table as a message."""
     return scheduler_pb2.CalibrationTable(
-        temperatures=table.temperatures,
+        sampled_scale=_scale_to_pb(table.scales.sampled),
+        greedy_scale=_scale_to_pb(table.scales.greedy),
         block_size=table.block_size,
         drafter_fingerprint=table.drafter_fingerprint,
         blocks=table.blocks,
@@ -134,7 +157,7 @@ def table_from_pb(message: scheduler_pb2.CalibrationTable) -> CalibrationTable:
     """A calibration table; ProtocolError if it breaks the contract."""
     try:
         return CalibrationTable(
-            temperatures=tuple(message.temperatures),
+            scales=_scales_from_pb(message),
             block_size=message.block_size,
             drafter_fingerprint=message.drafter_fingerprint,
             blocks=message.blocks,

@@ -28,6 +28,8 @@ from dspark.types import (
     BlockProposal,
     DraftWork,
     Request,
+    Scale,
+    Scales,
     StepPlan,
     VerificationPolicy,
     VerificationResult,
@@ -251,7 +253,7 @@ def run(
 ) -> Tally:
     """Generate to the end; with a budget seed, another verification budget at every step.
 
-    `recalibrated`: and other temperatures, too.
+    `recalibrated`: and other scales, too.
     """
     tally = Tally()
     budgets = None
@@ -281,6 +283,10 @@ def random_plan(budgets: random.Random) -> StepPlan:
 
 
 def random_calibration(budgets: random.Random) -> CalibrationInUse:
-    """Temperatures that earlier traffic may have brought, drawn without a look at the tokens."""
-    temperatures = tuple(2.0 ** budgets.uniform(-3, 3) for _ in range(4))
-    return CalibrationInUse(4, "w", CalibrationTable(temperatures, 4, "w", 1000))
+    """Scales that earlier traffic may have brought, drawn without a look at the tokens."""
+
+    def scale() -> Scale:
+        temperatures = tuple(2.0 ** budgets.uniform(-3, 3) for _ in range(4))
+        return Scale(temperatures, tuple(budgets.uniform(-2, 2) for _ in range(4)))
+
+    return CalibrationInUse(4, "w", CalibrationTable(Scales(scale(), scale()), 4, "w", 1000))

@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 from helpers.tiny import ScriptedLink, run, tiny_drafter, tiny_engine, tiny_target
-from helpers.traffic import outcomes, traffic
+from helpers.traffic import alike, outcomes, traffic
 
 from dspark.config import EngineConfig, ServeConfig
 from dspark.engine.runner import EngineRunner
@@ -20,10 +20,11 @@ from dspark.pb import scheduler_pb2_grpc
 from dspark.rpc.server import ReplicaServer
 from dspark.scheduling.calibration import CalibrationInUse, CalibrationTable, survival_error
 from dspark.scheduling.recalibration import FIRST_BLOCKS
+from dspark.scheduling.survival import survival
 from dspark.services.scheduler.service import SchedulerService
 from dspark.services.verifier.coordination import Coordinator
 from dspark.store import MemoryStore
-from dspark.types import BlockOutcomes, DraftWork, Request, SamplingParams, StepReport
+from dspark.types import RAW_SCALES, BlockOutcomes, DraftWork, Request, SamplingParams, StepReport
 from dspark.wire.bounds import MAX_OUTCOMES
 from dspark.wire.plans import table_to_pb
 
@@ -67,7 +68,7 @@ class Verifier:
 
     def tell(self, count: int, truth: tuple[float, ...], seed: int = 0) -> None:
         """Reports of `count` blocks."""
-        told = outcomes(count, truth, seed=seed, in_use=self.used.temperatures)
+        told = outcomes(count, truth, seed=seed, in_use=self.used.scales)
         for start in range(0, count, BATCH):
             part = slice(start, start + BATCH)
             self.steps += 1
@@ -78,7 +79,8 @@ class Verifier:
                         told.confidences[part],
                         told.verified[part],
                         told.accepted[part],
-                        told.temperatures,
+                        told.greedy[part],
+                        told.scales,
                     ),
                     self.used.epoch,
                 )
@@ -115,16 +117,17 @@ async def verifier(
     await made.coordinator.stop()
 
 
-async def test_reported_traffic_brings_temperatures_that_mend_the_error() -> None:
+async def test_reported_traffic_brings_a_scale_that_mend_the_error() -> None:
     async with scheduler() as channel, verifier(channel) as one, verifier(channel, "u") as other:
         one.tell(FIRST_BLOCKS // 2, SURE)
         other.tell(FIRST_BLOCKS // 2, SURE, seed=1)
         await one.reaches(1)
         await other.reaches(1)  # of the same drafter
-        assert one.used.temperatures == other.used.temperatures
+        assert one.used.scales == other.used.scales
         raw, stood = traffic(4000, SURE, seed=9)
         whole = np.full(len(stood), SIZE)
-        before, after = (survival_error(raw, whole, stood, t) for t in ((), one.used.temperatures))
+        blocks = raw, whole, stood, np.zeros(len(stood), dtype=np.bool_)
+        before, after = (survival_error(*blocks, s) for s in (RAW_SCALES, one.used.scales))
         assert after < before / 2
         (status,) = await one.calibrations()
         assert (status.model, status.drafter_fingerprint) == ("m", "w")
@@ -143,7 +146,7 @@ async def test_a_verifier_of_another_drafter_gets_none_and_lets_none_in() -> Non
             # Registered as w, with another block size: it is sent the table, and refuses it.
             await asyncio.wait_for(longer.heard.wait(), BOUND_S)
             assert longer.used.refused > 0
-            assert longer.used.temperatures == ()
+            assert longer.used.scales == RAW_SCALES
             longer.tell(128, (1.0,) * (SIZE + 1))
             other.tell(128, SURE)
 
@@ -155,7 +158,7 @@ async def test_a_verifier_of_another_drafter_gets_none_and_lets_none_in() -> Non
                     pass
             assert not seen["x"].HasField("table")
             assert seen["w"].window_blocks == FIRST_BLOCKS
-            assert other.used.temperatures == ()
+            assert other.used.scales == RAW_SCALES
             assert not other.heard.is_set()
 
 
@@ -164,16 +167,16 @@ async def test_a_table_outlives_the_scheduler_and_its_epochs_go_on() -> None:
     async with scheduler(store) as channel, verifier(channel) as one:
         one.tell(FIRST_BLOCKS, SURE)
         await one.reaches(1)
-        first = one.used.temperatures
+        first = one.used.scales
         async with asyncio.timeout(BOUND_S):
             while not await store.list(KEY):
                 await one.calibrations()
     async with scheduler(store) as channel, verifier(channel) as one:
         await one.reaches(1)  # at once: nothing was reported yet
-        assert one.used.temperatures == first
+        assert one.used.scales == first
         one.tell(FIRST_BLOCKS, TIMID)
         await one.reaches(2)
-        assert one.used.temperatures == pytest.approx(TIMID, rel=0.5)
+        assert one.used.scales.sampled.temperatures == pytest.approx(TIMID, rel=0.5)
     used = one.used
     async with scheduler() as channel, verifier(channel) as one:  # the store is lost as well
         one.used = used
@@ -183,7 +186,7 @@ async def test_a_table_outlives_the_scheduler_and_its_epochs_go_on() -> None:
 
 async def test_what_the_store_holds_is_checked(caplog: pytest.LogCaptureFixture) -> None:
     store = MemoryStore()
-    table = CalibrationTable(SURE, SIZE, "w", 1000, epoch=3)
+    table = CalibrationTable(alike(SURE), SIZE, "w", 1000, epoch=3)
     bad = {
         KEY: b"{",
         "calibration/w/n": table.to_json().replace("3.0", "NaN").encode(),
@@ -232,14 +235,14 @@ async def test_a_report_that_comes_twice_counts_once() -> None:
 async def test_a_bad_table_does_not_cost_the_plan(caplog: pytest.LogCaptureFixture) -> None:
     plans: list[object] = []
     tables: list[CalibrationTable] = []
-    good = CalibrationTable(SURE, SIZE, "w", 1000)
+    good = CalibrationTable(alike(SURE), SIZE, "w", 1000)
 
     class Scripted(scheduler_pb2_grpc.SchedulerServicer):
         async def Coordinate(  # noqa: N802
             self, request_iterator: object, context: grpc.aio.ServicerContext
         ) -> AsyncIterator[pb.StepPlan]:
             bad = table_to_pb(good)
-            bad.temperatures[0] = -1.0
+            bad.sampled_scale.temperatures[0] = -1.0
             for epoch, table in enumerate((bad, table_to_pb(good)), 1):
                 yield pb.StepPlan(
                     epoch=epoch, policy=pb.VERIFICATION_POLICY_FIXED, calibration=table
@@ -266,7 +269,7 @@ async def test_a_bad_table_does_not_cost_the_plan(caplog: pytest.LogCaptureFixtu
 
 async def test_what_a_deposed_scheduler_sends_is_refused_with_its_table() -> None:
     def told(epoch: int, table_epoch: int) -> pb.StepPlan:
-        table = CalibrationTable(SURE, SIZE, "w", 1000, table_epoch)
+        table = CalibrationTable(alike(SURE), SIZE, "w", 1000, table_epoch)
         policy = pb.VERIFICATION_POLICY_FIXED
         return pb.StepPlan(epoch=epoch, policy=policy, calibration=table_to_pb(table))
 
@@ -371,4 +374,5 @@ async def test_an_engines_own_blocks_calibrate_it(monkeypatch: pytest.MonkeyPatc
         await asyncio.to_thread(runner.stop)
     assert runner.failure is None
     assert (engine.calibration.epoch, engine.calibration.refused) == (1, 0)
-    assert engine.calibration.temperatures[0] > 1.5  # 0.95 was promised, and 0.6 came
+    (greedy_says,) = survival(np.full(1, 0.95, dtype=np.float32), engine.calibration.scales.greedy)
+    assert greedy_says < 0.75  # 0.95 was promised, and 0.6 came

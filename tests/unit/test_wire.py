@@ -18,6 +18,7 @@ from dspark.scheduling.calibration import CalibrationTable
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import (
     MAX_SEED,
+    RAW_SCALES,
     BlockOutcomes,
     BlockProposal,
     ClassLoad,
@@ -26,6 +27,8 @@ from dspark.types import (
     Request,
     ResyncRequest,
     SamplingParams,
+    Scale,
+    Scales,
     StepPlan,
     StepReport,
     VerificationPolicy,
@@ -209,7 +212,9 @@ def test_a_plan_needs_a_policy() -> None:
         plans.plan_from_pb(message)
 
 
-TABLE = CalibrationTable((1.5, 0.7), 2, "w", 1000, epoch=4)
+TABLE = CalibrationTable(
+    Scales(Scale((1.5, 0.7), (0.1, -0.2)), Scale((0.5, 1.0), (2.0, 0.0))), 2, "w", 1000, epoch=4
+)
 
 
 def test_a_calibration_table_travels_with_a_plan() -> None:
@@ -220,10 +225,13 @@ def test_a_calibration_table_travels_with_a_plan() -> None:
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (lambda m: m.temperatures.append(1.0), "temperatures"),
-        (lambda m: m.temperatures.__setitem__(0, 0.0), "temperatures"),
-        (lambda m: m.temperatures.__setitem__(0, float("nan")), "temperatures"),
-        (lambda m: setattr(m, "block_size", 3), "temperatures"),
+        (lambda m: m.sampled_scale.temperatures.append(1.0), "sampled scale"),
+        (lambda m: m.sampled_scale.temperatures.__setitem__(0, 0.0), "sampled scale"),
+        (lambda m: m.greedy_scale.temperatures.__setitem__(0, float("nan")), "greedy scale"),
+        (lambda m: m.greedy_scale.biases.__setitem__(0, 9.0), "greedy scale"),
+        (lambda m: m.greedy_scale.biases.pop(), "greedy scale"),
+        (lambda m: m.ClearField("greedy_scale"), "greedy scale"),
+        (lambda m: setattr(m, "block_size", 3), "sampled scale"),
         (lambda m: setattr(m, "block_size", 2**31), "block_size"),
         (lambda m: setattr(m, "drafter_fingerprint", ""), "fingerprint"),
         (lambda m: setattr(m, "drafter_fingerprint", "x" * 129), "fingerprint"),
@@ -255,16 +263,18 @@ def test_outcomes_round_trip(count: int, size: int, seed: int) -> None:
     verified = rng.integers(0, size + 1, count)
     confidences = rng.random((count, size)).astype(np.float32)
     confidences[np.arange(size) >= verified[:, None]] = np.nan
-    outcomes = BlockOutcomes(confidences, verified, rng.integers(0, verified + 1), (1.5,))
+    scales = Scales(greedy=Scale((1.5,), (0.5,)))
+    kinds = rng.random(count) < 0.5
+    outcomes = BlockOutcomes(confidences, verified, rng.integers(0, verified + 1), kinds, scales)
     message = report(outcomes)
     assert (message.calibration_epoch, message.calibrations_refused) == (4, 2)
     assert (message.predicted_tokens, message.predicted_ms) == (2.5, 10.25)
     assert (message.decoded_tokens, message.round_ms) == (3, 12.5)
     back = plans.outcomes_from_pb(message.outcomes)
-    for name in ("confidences", "verified", "accepted"):
+    for name in ("confidences", "verified", "accepted", "greedy"):
         np.testing.assert_array_equal(getattr(back, name), getattr(outcomes, name))
-    assert back.temperatures == (1.5,)
-    assert message.outcomes.ByteSize() <= count * (4 * size + 2) + 32
+    assert back.scales == scales
+    assert message.outcomes.ByteSize() <= count * (4 * size + 3) + 64
     assert not report(None).HasField("outcomes")
     (load,) = message.classes
     assert (load.name, load.requests, load.floors) == ("fast", 5, 4)
@@ -285,15 +295,19 @@ def test_outcomes_round_trip(count: int, size: int, seed: int) -> None:
         (lambda m: setattr(m, "confidences", law(0.5, 0.5)), "bytes"),
         (lambda m: setattr(m, "confidences", law(0.5, 0.5, 1.5)), "0..1"),
         (lambda m: setattr(m, "confidences", law(0.5, 0.5, float("nan"))), "0..1"),
-        (lambda m: m.temperatures.extend([1.0] * 3), "temperatures"),
-        (lambda m: m.temperatures.append(0.0), "temperatures"),
+        (lambda m: setattr(m, "greedy", b"\0"), "greedy"),
+        (lambda m: setattr(m, "greedy", b"\0\2"), "greedy"),
+        (lambda m: m.sampled_scale.temperatures.extend([1.0] * 3), "scale"),
+        (lambda m: m.greedy_scale.temperatures.append(0.0), "scale"),
+        (lambda m: m.greedy_scale.biases.append(float("nan")), "scale"),
     ],
 )
 def test_outcomes_outside_the_contract_are_refused(
     spoil: Callable[[Any], None], match: str
 ) -> None:
     confidences = np.array([[0.5, np.nan], [0.5, 0.5]], dtype=np.float32)
-    message = report(BlockOutcomes(confidences, np.array([1, 2]), np.array([1, 0]), ())).outcomes
+    fate = np.array([1, 2]), np.array([1, 0]), np.zeros(2, dtype=np.bool_)
+    message = report(BlockOutcomes(confidences, *fate, RAW_SCALES)).outcomes
     spoil(message)
     with pytest.raises(ProtocolError, match=match):
         plans.outcomes_from_pb(message)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.tiny import save_models
+from helpers.traffic import alike
 from transformers import AutoModelForCausalLM
 
 from dspark import LLM, SamplingParams, VerifyMode
@@ -18,7 +19,7 @@ from dspark.models.checkpoint import fingerprint, save_calibration
 from dspark.scheduling.calibration import CalibrationTable
 from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.survival import survival_table
-from dspark.types import FloatArray
+from dspark.types import FloatArray, Scales
 
 PROMPTS = ["hello", "quick brown fox", "answer"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40)
@@ -112,17 +113,17 @@ def test_a_drafters_table_is_what_its_plans_start_with(
 ) -> None:
     drafter = tmp_path / "drafter"
     shutil.copytree(folders[1], drafter)
-    table = CalibrationTable((2.0, 3.0, 4.0, 5.0), 4, fingerprint(drafter), 1000)
+    table = CalibrationTable(alike((2.0, 3.0, 4.0, 5.0)), 4, fingerprint(drafter), 1000)
     save_calibration(drafter, table, 4)
-    seen: set[tuple[float, ...]] = set()
+    seen: set[tuple[bool, Scales]] = set()
 
-    def watched(blocks: list[FloatArray], temperatures: tuple[float, ...]) -> FloatArray:
-        seen.add(temperatures)
-        return survival_table(blocks, temperatures)
+    def watched(blocks: list[FloatArray], greedy: list[bool], scales: Scales) -> FloatArray:
+        seen.update((one, scales) for one in greedy)
+        return survival_table(blocks, greedy, scales)
 
     monkeypatch.setattr("dspark.engine.verification.survival_table", watched)
     llm((folders[0], str(drafter)), policy="adaptive").generate(PROMPTS, GREEDY)
-    assert seen == {table.temperatures}
+    assert seen == {(True, table.scales)}
     (drafter / "calibration.json").write_text(replace(table, drafter_fingerprint="x").to_json())
     with pytest.raises(CalibrationError, match=r"calibration\.json.*fingerprint 'x'"):
         llm((folders[0], str(drafter)))

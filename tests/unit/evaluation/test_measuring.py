@@ -13,10 +13,10 @@ from dspark.evaluation.measuring import Arm, measure
 from dspark.evaluation.results import Evaluation
 from dspark.evaluation.rounds import Rounds
 from dspark.evaluation.running import EvaluationPlan
-from dspark.types import VerifyMode
+from dspark.types import Scale, VerifyMode
 
 WIDTH = 3
-UNIT = Fit((1.0,) * WIDTH, (0,) * WIDTH, 0)
+UNIT = Fit(Scale(), (0,) * WIDTH, 0)
 
 
 def rounds(seed: int, *, prompts: int = 8, each: int = 20, rate: float = 0.6) -> Rounds:
@@ -104,10 +104,10 @@ def test_each_half_is_calibrated_by_the_other() -> None:
     assert cross_fitted(spoilt, halves).fits[1] != got.fits[1]
 
 
-def test_sts_lowers_the_error_and_keeps_the_order() -> None:
+def test_calibration_lowers_the_error_and_keeps_the_order() -> None:
     held_out, files = rounds(7, prompts=40, each=40), {"x": rounds(8, prompts=40, each=40)}
     fitted = fit(held_out)
-    assert min(fitted.temperatures) > 1.2  # the confidences above are those of 1 / 2.5
+    assert min(fitted.scale.temperatures) > 1.2  # the confidences above are those of 1 / 2.5
     calibrated = Arm(
         "a", "a", "f", "rejection", "head", WIDTH, WIDTH, "h", files, calibrated_by(fitted, files)
     )
@@ -116,7 +116,7 @@ def test_sts_lowers_the_error_and_keeps_the_order() -> None:
     assert (first.position, whole.position) == (1, 0)
     assert value(whole.calibrated.ece) < value(whole.raw.ece) / 2
     assert value(whole.calibrated.brier) < value(whole.raw.brier)
-    # one temperature cannot reorder one position; the clip of confidences makes ties at most
+    # a scale cannot reorder one position; the clip of confidences makes ties at most
     assert first.calibrated.auc.value == pytest.approx(first.raw.auc.value, abs=1e-3)
 
 

@@ -16,6 +16,7 @@ from dspark.evaluation.measuring import Arm, measure
 from dspark.evaluation.report import prepare_folder, write_report
 from dspark.evaluation.results import Evaluation
 from dspark.evaluation.rounds import Rounds
+from dspark.types import Scale
 
 NASTY = "<script>alert(1)</script> $x^{$ \"'& ü"
 
@@ -33,7 +34,7 @@ def evaluation(name: str, count: int) -> Evaluation:
         )
         for file in (name, "other")
     }
-    fitted = calibrated_by(Fit((1.5, 1.0), (count, count), count), files)
+    fitted = calibrated_by(Fit(Scale((1.5, 1.0)), (count, count), count), files)
     arm = Arm(name, name, "f0", "rejection", "confidence head", 2, 2, name, files, fitted)
     return measure([arm, replace(arm, name="second")] if count else [arm])
 

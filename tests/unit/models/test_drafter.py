@@ -12,6 +12,7 @@ import torch
 from helpers.families import KINDS as FAMILIES
 from helpers.families import drafter_of, target_of
 from helpers.tiny import tiny_drafter, tiny_target
+from helpers.traffic import alike
 from safetensors.torch import load_file, save_file
 
 from dspark.engine.drafting import DraftEngine
@@ -192,11 +193,11 @@ def test_a_round_trip_is_exact(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_calibration_table_is_kept_for_the_drafter_that_it_is_of(checkpoint: Path) -> None:
     assert read_calibration(checkpoint, 4) is None
     name, size = fingerprint(checkpoint), read_config(checkpoint).block_size
-    table = CalibrationTable((1.5,) * size, size, name, 1000)
+    table = CalibrationTable(alike((1.5,) * size), size, name, 1000)
     save_calibration(checkpoint, table, 4)
     assert read_calibration(checkpoint, 4) == table
     assert fingerprint(checkpoint) == name
-    longer = CalibrationTable((1.5,) * (size + 1), size + 1, name, 1000)
+    longer = CalibrationTable(alike((1.5,) * (size + 1)), size + 1, name, 1000)
     with pytest.raises(CalibrationError, match=f"block size {size + 1}"):
         save_calibration(checkpoint, longer, size)
     path = checkpoint / "calibration.json"

@@ -1,4 +1,4 @@
-"""Sequential temperature scaling: what it finds, what it leaves alone, and what trimming does."""
+"""Calibration: what it finds, what it leaves alone, and what trimming does."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.traffic import traffic
+from helpers.traffic import alike, traffic
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark.errors import CalibrationError
 from dspark.scheduling.calibration import (
-    LEAST_SAMPLES,
     CalibrationInUse,
     CalibrationTable,
     expected_calibration_error,
-    fit_temperatures,
+    fit_scale,
+    scale_can_be,
     survival_error,
 )
 from dspark.scheduling.survival import survival
-from dspark.types import DoubleArray, IntArray
+from dspark.types import RAW_SCALES, DoubleArray, IntArray, Scale, Scales
 
-GRID_STEP = 2 ** (1 / 8)
 TRUE = (2.0, 0.7, 1.5, 1.0, 2.5)
-TABLE = CalibrationTable(TRUE, len(TRUE), "w", 4000)
+SHIFT = (-0.4, 0.0, 0.5, 1.0, 0.2)
+TABLE = CalibrationTable(
+    Scales(Scale(TRUE, SHIFT), Scale((1.25,) * 5, (0.0,) * 5)), len(TRUE), "w", 4000
+)
 
 
 def trimmed(confidences: DoubleArray, least: float) -> IntArray:
@@ -33,77 +35,95 @@ def trimmed(confidences: DoubleArray, least: float) -> IntArray:
     return np.asarray((survival(confidences.astype(np.float32)) >= least).sum(axis=1))
 
 
-def test_known_temperatures_are_found_again() -> None:
-    confidences, stood = traffic(30_000, TRUE)
-    found = fit_temperatures(confidences, np.full(len(stood), 5), stood)
-    assert np.abs(np.log(np.array(found) / TRUE)).max() <= 2 * np.log(GRID_STEP) + 1e-9
+def test_a_known_scale_is_found_again() -> None:
+    confidences, stood = traffic(30_000, TRUE, biases=SHIFT)
+    found = fit_scale(confidences, np.full(len(stood), 5), stood)
+    assert found.temperatures == pytest.approx(TRUE, rel=0.1)
+    assert found.biases == pytest.approx(SHIFT, abs=0.15)
 
 
 def test_trimming_by_confidence_does_not_bias_the_fit() -> None:
-    confidences, stood = traffic(60_000, TRUE)
+    confidences, stood = traffic(60_000, TRUE, biases=SHIFT)
     verified = trimmed(confidences, 0.3)
     assert 0 < (verified > 4).sum() < len(stood) / 2  # most are cut before the end
     hidden = np.where(np.arange(5) < verified[:, None], confidences, np.nan)
-    found = fit_temperatures(hidden, verified, np.minimum(stood, verified))
-    assert np.abs(np.log(np.array(found) / TRUE)).max() <= 3 * np.log(GRID_STEP) + 1e-9
+    found = fit_scale(hidden, verified, np.minimum(stood, verified))
+    assert found.temperatures == pytest.approx(TRUE, rel=0.15)
+    assert found.biases == pytest.approx(SHIFT, abs=0.2)
 
 
 def test_survivals_are_true_after_the_fit_on_blocks_not_seen_by_it() -> None:
-    confidences, stood = traffic(8_000, TRUE, seed=1)
-    whole = np.full(len(stood), 5)
-    found = fit_temperatures(confidences, whole, stood)
-    unseen, fate = traffic(8_000, TRUE, seed=2)
-    before, after = (survival_error(unseen, whole, fate, t) for t in ((), found))
+    confidences, stood = traffic(8_000, TRUE, seed=1, biases=SHIFT)
+    whole, greedy = np.full(len(stood), 5), np.zeros(len(stood), dtype=np.bool_)
+    found = fit_scale(confidences, whole, stood)
+    unseen, fate = traffic(8_000, TRUE, seed=2, biases=SHIFT)
+    wrong, right = RAW_SCALES, Scales(sampled=found)
+    before, after = (survival_error(unseen, whole, fate, greedy, s) for s in (wrong, right))
     assert before > 0.05
     assert after < 0.02
+    # What was found of one kind says nothing of the other.
+    assert survival_error(unseen, whole, fate, ~greedy, right) == pytest.approx(before)
 
 
 @given(
     st.integers(0, 2**32 - 1),
-    st.integers(LEAST_SAMPLES, 2 * LEAST_SAMPLES),
+    st.integers(0, 300),
     st.integers(1, 3),
-    st.floats(0.1, 10.0),
+    st.floats(0.01, 100.0),
+    st.floats(0.05, 20.0),
+    st.floats(-8.0, 8.0),
 )
-def test_no_position_is_left_worse_than_it_was(
-    seed: int, count: int, size: int, spread: float
+def test_no_fit_foretells_worse_than_what_there_was(
+    seed: int, count: int, size: int, spread: float, temperature: float, bias: float
 ) -> None:
+    """Any confidences and fates: the likelihood given what came before does not fall."""
     rng = np.random.default_rng(seed)
     confidences = rng.beta(spread, 1.0, (count, size))
     verified = rng.integers(0, size + 1, count)
-    verified[:LEAST_SAMPLES] = size
     accepted = rng.integers(0, verified + 1)
-    found = fit_temperatures(confidences, verified, accepted)
+    previous = Scale((temperature,) * size, (bias,) * size)
+    found = fit_scale(confidences, verified, accepted, previous)
+    assert scale_can_be(found)
     for k in range(size):
-        known = verified > k
-        error = [
-            expected_calibration_error(
-                survival(confidences[known, : k + 1].astype(np.float32), (*found[:k], own))[:, k],
-                accepted[known] > k,
+        known = (verified > k) & (accepted >= k)
+        chance = [
+            survival(confidences[known, k : k + 1].astype(np.float64), Scale((t,), (b,)))[:, 0]
+            for t, b in (
+                (found.temperatures[k], found.biases[k]),
+                (temperature, bias),
             )
-            for own in (found[k], 1.0)
         ]
-        assert error[0] <= error[1] + 1e-4  # float32
+        stood = accepted[known] > k
+        clear = [np.clip(c.astype(np.float64), 1e-6, 1 - 1e-6) for c in chance]
+        says = [np.log(np.where(stood, c, 1.0 - c)).sum() for c in clear]
+        assert says[0] >= says[1] - 1e-3 * (1 + abs(says[1]))
 
 
-@given(st.lists(st.floats(0.0, 1.0), min_size=2, max_size=20, unique=True), st.floats(0.05, 20.0))
-def test_a_temperature_keeps_the_order_of_a_position(row: list[float], temperature: float) -> None:
+@given(
+    st.lists(st.floats(0.0, 1.0), min_size=2, max_size=20, unique=True),
+    st.floats(0.05, 20.0),
+    st.floats(-8.0, 8.0),
+)
+def test_a_scale_keeps_the_order_of_a_position(
+    row: list[float], temperature: float, bias: float
+) -> None:
     column = np.sort(np.array(row, dtype=np.float32))[:, None]
-    assert (np.diff(survival(column, (temperature,))[:, 0]) >= 0).all()
+    assert (np.diff(survival(column, Scale((temperature,), (bias,)))[:, 0]) >= 0).all()
 
 
-def test_positions_without_evidence_keep_what_they_had() -> None:
+def test_what_there_was_is_kept_as_far_as_little_evidence_says_otherwise() -> None:
     confidences, stood = traffic(30_000, TRUE)
-    verified = np.where(np.arange(len(stood)) < LEAST_SAMPLES - 1, 5, 2)
-    accepted = np.minimum(stood, verified)
-    assert fit_temperatures(confidences, verified, accepted)[2:] == (1.0, 1.0, 1.0)
-    kept = fit_temperatures(confidences, verified, accepted, (9.0, 9.0, 3.0, 4.0))
-    assert kept[2:] == (3.0, 4.0, 1.0)
-    assert kept[0] == pytest.approx(2.0, rel=0.1)
+    verified = np.where(np.arange(len(stood)) < 10, 3, 2)  # ten blocks tell of the third position
+    old = Scale((9.0, 9.0, 3.0, 4.0), (0.0, 0.0, 1.0, 2.0))
+    kept = fit_scale(confidences, verified, np.minimum(stood, verified), old)
+    assert kept.temperatures[0] == pytest.approx(2.0, rel=0.1)
+    assert (kept.temperatures[2], kept.biases[2]) == pytest.approx((3.0, 1.0), rel=0.3)
+    assert (kept.temperatures[3:], kept.biases[3:]) == ((4.0, 1.0), (2.0, 0.0))
 
 
 def test_nothing_is_fitted_to_nothing() -> None:
-    assert fit_temperatures(np.zeros((0, 3)), [], []) == (1.0, 1.0, 1.0)
-    assert survival_error(np.zeros((0, 3)), [], []) == 0.0
+    assert fit_scale(np.zeros((0, 3)), [], []) == Scale((1.0,) * 3, (0.0,) * 3)
+    assert survival_error(np.zeros((0, 3)), [], [], np.zeros(0, dtype=np.bool_)) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -122,7 +142,7 @@ def test_blocks_that_cannot_be_are_refused(
     confidences: list[list[float]], verified: list[int], accepted: list[int], match: str
 ) -> None:
     with pytest.raises(ValueError, match=match):
-        fit_temperatures(confidences, verified, accepted)
+        fit_scale(confidences, verified, accepted)
 
 
 def test_the_error_is_the_gap_between_promise_and_outcome() -> None:
@@ -178,6 +198,11 @@ def test_a_table_goes_through_text() -> None:
         TABLE.to_json().replace("0.7", "0.0"),
         TABLE.to_json().replace("0.7", '"0.7"'),
         TABLE.to_json().replace("0.7, ", ""),
+        TABLE.to_json().replace("-0.4, ", ""),
+        TABLE.to_json().replace("-0.4", "-8.5"),
+        TABLE.to_json().replace("biases", "bias"),
+        TABLE.to_json().replace("greedy", "other"),
+        TABLE.to_json().replace("[1.25", "[[1.25]"),
         TABLE.to_json().replace('"w"', '""'),
         TABLE.to_json().replace('"w"', "7"),
     ],
@@ -192,22 +217,22 @@ def test_a_table_of_another_drafter_does_not_fit() -> None:
     for block_size, fingerprint in ((4, "w"), (5, "v")):
         with pytest.raises(CalibrationError, match="calibrate"):
             TABLE.check_fits(block_size, fingerprint)
-    with pytest.raises(CalibrationError, match="temperatures"):
+    with pytest.raises(CalibrationError, match="sampled scale"):
         replace(TABLE, block_size=4)
 
 
 def test_the_newest_table_that_fits_is_used(caplog: pytest.LogCaptureFixture) -> None:
     used = CalibrationInUse(5, "w")
-    assert (used.temperatures, used.epoch) == ((), 0)
+    assert (used.scales, used.epoch) == (RAW_SCALES, 0)
     used.offer(replace(TABLE, epoch=2))
-    used.offer(replace(TABLE, epoch=1, temperatures=(1.0,) * 5))
-    assert (used.temperatures, used.epoch, used.refused) == (TRUE, 2, 0)
+    used.offer(replace(TABLE, epoch=1, scales=alike((1.0,) * 5)))
+    assert (used.scales, used.epoch, used.refused) == (TABLE.scales, 2, 0)
     for bad in (
         replace(TABLE, epoch=3, drafter_fingerprint="v"),
-        CalibrationTable((9.0,) * 4, 4, "w", 4000, epoch=3),
+        CalibrationTable(alike((9.0,) * 4), 4, "w", 4000, epoch=3),
     ):
         used.offer(bad)
         used.offer(bad)
-    assert (used.temperatures, used.epoch, used.refused) == (TRUE, 2, 4)
+    assert (used.scales, used.epoch, used.refused) == (TABLE.scales, 2, 4)
     assert len(caplog.records) == 1
     assert "fingerprint 'v'" in caplog.text

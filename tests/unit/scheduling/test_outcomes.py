@@ -5,42 +5,46 @@ from __future__ import annotations
 import numpy as np
 
 from dspark.scheduling.outcomes import MOST_BLOCKS, OutcomeSample
-from dspark.types import VerificationResult
+from dspark.types import RAW_SCALES, Scale, Scales, VerificationResult
 
 STEPS = 16
+SCALES = Scales(greedy=Scale((1.5,)))
 
 
 def result(*confidences: float, accepted: int = 0) -> VerificationResult:
     size = len(confidences)
-    return VerificationResult("r", (1,), size, size, accepted, confidences=confidences)
+    return VerificationResult(
+        "r", (1,), size, size, accepted, confidences=confidences, greedy=accepted > 0
+    )
 
 
 def test_few_steps_are_told_of_at_once_and_plain_ones_not_at_all() -> None:
     sample = OutcomeSample(3)
     for step in range(STEPS):
-        assert sample.take(()) is None
+        assert sample.take(RAW_SCALES) is None
         sample.add([result(0.5, 0.25, accepted=1), result()] if step == 3 else [result()])
-    got = sample.take((1.5,))
+    got = sample.take(SCALES)
     assert got is not None
     np.testing.assert_array_equal(got.confidences, np.array([[0.5, 0.25, np.nan]]))
     assert (got.verified.tolist(), got.accepted.tolist()) == ([2], [1])
-    assert got.temperatures == (1.5,)
+    assert got.greedy.tolist() == [True]
+    assert got.scales == SCALES
     sample.add([result(0.5)])
-    assert sample.take(()) is None
+    assert sample.take(RAW_SCALES) is None
 
 
 def test_nothing_is_told_where_nothing_was_verified() -> None:
     sample = OutcomeSample(3)
     for _ in range(2 * STEPS):
         sample.add([result()])
-        assert sample.take(()) is None
+        assert sample.take(RAW_SCALES) is None
 
 
 def test_of_longer_blocks_the_drafters_own_positions_are_told() -> None:
     sample = OutcomeSample(2)
     for _ in range(STEPS):
         sample.add([result(0.5, 0.4, 0.3, accepted=3)])
-    got = sample.take(())
+    got = sample.take(RAW_SCALES)
     assert got is not None
     assert got.confidences.shape == (STEPS, 2)
     assert set(got.verified.tolist()) == set(got.accepted.tolist()) == {2}
@@ -52,7 +56,7 @@ def test_each_block_is_as_likely_to_be_told_of() -> None:
     for _ in range(500):
         for step in range(STEPS):
             sample.add([result((8 * step + i) / 1000) for i in range(8)])
-        got = sample.take(())
+        got = sample.take(RAW_SCALES)
         assert got is not None
         assert len(got.verified) == MOST_BLOCKS
         numbers = np.rint(got.confidences[:, 0] * 1000).astype(int)

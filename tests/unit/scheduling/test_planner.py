@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from unittest import mock
 
 import numpy as np
@@ -17,7 +18,7 @@ from dspark.scheduling import planner
 from dspark.scheduling import survival as survival_module
 from dspark.scheduling.planner import RoundsMs, Search, plan_lengths, reserve
 from dspark.scheduling.survival import ABSENT, survival, survival_table
-from dspark.types import DoubleArray, FloatArray
+from dspark.types import DoubleArray, FloatArray, Scale, Scales
 from tests.helpers.tables import by_count
 from tests.helpers.verdicts import verify_rejection
 
@@ -50,10 +51,16 @@ def worth_of(a: FloatArray, lengths: list[int] | tuple[int, ...], weights: Doubl
 
 def test_a_table_of_survivals_is_each_block_by_itself() -> None:
     blocks = [np.array(x, dtype=np.float32) for x in ([0.9, 0.5], [], [0.3])]
-    table = survival_table(blocks, (2.0, 0.5))
-    for row, block in zip(table, blocks, strict=True):
-        assert row[: len(block)] == pytest.approx(survival(block, (2.0, 0.5)))
-        assert (row[len(block) :] == ABSENT).all()
+    scales = Scales(Scale((2.0, 0.5), (0.0, 1.0)), Scale((3.0,), (-1.0,)))
+    for more in (0, 40):  # few draft tokens and many, of one length and of several
+        given = blocks + [np.array([0.7, 0.6], dtype=np.float32)] * more
+        for some in (given, given[3:]):
+            kinds = [i % 3 == 0 for i in range(len(some))]
+            table = survival_table(some, kinds, scales) if some else []
+            for row, block, greedy in zip(table, some, kinds, strict=True):
+                scale = scales.greedy if greedy else scales.sampled
+                assert row[: len(block)] == pytest.approx(survival(block, scale))
+                assert (row[len(block) :] == ABSENT).all()
     assert survival_table([np.zeros(0, dtype=np.float32)]).shape == (1, 0)
 
 
@@ -205,8 +212,9 @@ def test_prompt_tokens_in_the_step_are_paid_for() -> None:
 
 def test_calibration_flattens_survival() -> None:
     raw = np.array([0.9, 0.9], dtype=np.float32)
-    assert survival(raw, (2.0, 2.0))[1] < survival(raw)[1]
-    assert survival(raw, (2.0,))[0] == pytest.approx(0.75, abs=1e-6)
+    assert survival(raw, Scale((2.0, 2.0)))[1] < survival(raw)[1]
+    assert survival(raw, Scale((2.0,)))[0] == pytest.approx(0.75, abs=1e-6)
+    assert survival(raw, Scale((), (-math.log(9.0),)))[0] == pytest.approx(0.5, abs=1e-6)
 
 
 @given(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from helpers.traffic import outcomes
+from helpers.traffic import alike, outcomes
 
 from dspark.scheduling.calibration import CalibrationTable
 from dspark.scheduling.recalibration import (
@@ -49,7 +49,8 @@ def test_wrong_confidences_bring_a_table_that_mends_them() -> None:
     assert one.table(DRAFTER) == table
     assert (table.epoch, table.drafter_fingerprint, table.block_size) == (1, "w", 3)
     assert table.blocks == WINDOW // 2
-    assert table.temperatures == pytest.approx(SURE, rel=0.3)
+    assert table.scales.sampled.temperatures == pytest.approx(SURE, rel=0.3)
+    assert table.scales.greedy == alike((1.0,) * 3).greedy, "nothing was told of such requests"
     (status,) = one.statuses()
     assert status.raw_error > 0.05
     assert status.error < 0.025
@@ -63,12 +64,24 @@ def test_true_confidences_are_left_alone(seed: int) -> None:
     assert settled(one) is None
 
 
-def test_temperatures_that_verifiers_have_already_are_not_published_again() -> None:
+def test_scales_that_verifiers_have_already_are_not_published_again() -> None:
     one = Recalibration(Clock())
-    one.take(DRAFTER, outcomes(WINDOW, SURE, in_use=SURE), 0)
+    one.take(DRAFTER, outcomes(WINDOW, SURE, in_use=alike(SURE)), 0)
     assert settled(one) is None
     (status,) = one.statuses()
     assert status.raw_error > 0.05 > 0.025 > status.error
+
+
+def test_each_kind_of_request_has_a_scale_of_its_own() -> None:
+    one = Recalibration(Clock())
+    timid = (0.5, 0.4, 0.5)
+    one.take(DRAFTER, outcomes(WINDOW // 2, SURE), 0)
+    one.take(DRAFTER, outcomes(WINDOW // 2, timid, seed=1, greedy=True), 0)
+    table = settled(one)
+    assert table is not None
+    assert table.scales.sampled.temperatures == pytest.approx(SURE, rel=0.3)
+    assert table.scales.greedy.temperatures == pytest.approx(timid, rel=0.3)
+    assert one.statuses()[0].error < 0.03
 
 
 def test_it_waits_for_evidence_then_for_fresh_blocks_and_for_time() -> None:
@@ -132,12 +145,12 @@ def test_a_fit_that_gains_too_little_is_dropped() -> None:
 
 def test_epochs_rise_over_all_that_was_ever_heard_of() -> None:
     one = fed()
-    one.restore(DRAFTER, CalibrationTable(TRUE, 3, "w", 1000, epoch=5))
+    one.restore(DRAFTER, CalibrationTable(alike(TRUE), 3, "w", 1000, epoch=5))
     table = settled(one)
     assert table is not None
     assert table.epoch == 6
     lost = Recalibration(Clock())  # the store, too
-    lost.take(DRAFTER, outcomes(FIRST_BLOCKS, SURE, in_use=TRUE), 9)
+    lost.take(DRAFTER, outcomes(FIRST_BLOCKS, SURE, in_use=alike(TRUE)), 9)
     table = settled(lost)
     assert table is not None
     assert table.epoch == 10
@@ -145,18 +158,18 @@ def test_epochs_rise_over_all_that_was_ever_heard_of() -> None:
 
 def test_what_verifiers_use_is_improved_on_even_if_the_store_had_kept_less() -> None:
     one = Recalibration(Clock())
-    one.restore(DRAFTER, CalibrationTable(TRUE, 3, "w", 1000, epoch=5))
-    one.take(DRAFTER, outcomes(WINDOW, SURE, in_use=SURE), 7)
+    one.restore(DRAFTER, CalibrationTable(alike(TRUE), 3, "w", 1000, epoch=5))
+    one.take(DRAFTER, outcomes(WINDOW, SURE, in_use=alike(SURE)), 7)
     sample = one.due(DRAFTER)
     assert sample is not None
-    assert sample.in_use == SURE
+    assert sample.in_use == alike(SURE)
 
 
 def test_blocks_of_another_size_are_left_out_and_counted() -> None:
     one = fed()
     one.take(DRAFTER, outcomes(10, (1.0,) * 4), 0)
     restored = Recalibration(Clock())
-    restored.restore(DRAFTER, CalibrationTable((1.0,) * 4, 4, "w", 1000))
+    restored.restore(DRAFTER, CalibrationTable(alike((1.0,) * 4), 4, "w", 1000))
     restored.take(DRAFTER, outcomes(FIRST_BLOCKS, SURE), 0)
     assert [s.misfits for s in (*one.statuses(), *restored.statuses())] == [1, 1]
     assert restored.due(DRAFTER) is None
