@@ -261,7 +261,8 @@ def others(copied: float) -> list[tuple[str, float, float]]:
         del base
     blocks = normal(512, 15, dtype=torch.float32)
     time("512 × 15", {"admit_kernel": 0.0}, lambda: admission.admit(
-        blocks, torch.full((512,), 15, device="cuda"), torch.ones(15, device="cuda"),
+        blocks, torch.full((512,), 15, device="cuda"), torch.arange(512, device="cuda") % 2,
+        torch.ones(2, 15, device="cuda"), torch.zeros(2, 15, device="cuda"),
         torch.tensor([2000], device="cuda")))  # fmt: skip
     return found
 

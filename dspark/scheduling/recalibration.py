@@ -9,7 +9,7 @@ confidences of the step at hand do no more than rank its draft tokens, as Algori
 to. So what is drawn in a step has no say in whether it is verified (paper, Appendix A).
 
 No I/O; the clock is given. What takes long is `Sample.refit`, which shares nothing and may run in a
-thread: about a tenth of a second of one core for a full window at γ = 7, and not more often than
+thread: some hundredths of a second of one core for a full window at γ = 7, and not more often than
 once in REFIT_AFTER_S for each drafter.
 """
 

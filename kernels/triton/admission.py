@@ -1,10 +1,11 @@
 """Which drafted tokens to verify, on a GPU: the `ranked` search of dspark.scheduling.planner.
 
-    c_j = σ(logit_j), clipped;  a_j = Π_{i≤j} σ(logit(c_i) / T_i)     (paper §3.2)
+    c_j = σ(logit_j), clipped;  a_j = Π_{i≤j} σ(logit(c_i) / T_i + b_i)     (paper §3.2)
 
 The `capacity` tokens that most probably survive are admitted. A token survives no more probably
 than those before it, and of equals the earlier position goes first, then the earlier session: what
 is admitted of a session is a prefix, and ties are settled by places, never by what was drafted.
+Greedy sessions have T and b of their own.
 
 One program for all: there are some thousand survivals at most.
 
@@ -29,7 +30,9 @@ def admit_kernel(
     survivals,  # [S, B] fp32, out; -1 past a block's end
     logits,  # [S, B] fp32
     lengths,  # [S] int64
-    temperatures,  # [B] fp32
+    greedy,  # [S] int64, 0 or 1
+    temperatures,  # [2, B] fp32, of sessions that sample and of greedy ones
+    biases,  # [2, B] fp32
     capacity,  # [1] int64
     sessions,
     size,
@@ -42,6 +45,7 @@ def admit_kernel(
     position = tl.arange(0, BLOCK_B)
     length = tl.load(lengths + session, mask=session < sessions, other=0)
     length = tl.minimum(length, size)
+    scale = tl.load(greedy + session, mask=session < sessions, other=0) * size
     there = position[None, :] < length[:, None]
     survival = tl.full([BLOCK_S, BLOCK_B], 1.0, tl.float64)
     least = tl.full([BLOCK_S], LEAST, tl.float64)  # written out, they would be fp32 numbers
@@ -50,9 +54,10 @@ def admit_kernel(
         logit = tl.load(logits + session * size + j, mask=session < sessions, other=0.0)
         chance = 1.0 / (1.0 + tl.exp(-logit.to(tl.float64)))
         chance = tl.minimum(tl.maximum(chance, least), most)
-        power = 1.0 / tl.load(temperatures + j).to(tl.float64)
-        # odds to the power of 1 / T
-        chance = 1.0 / (1.0 + tl.exp(power * tl.log((1.0 - chance) / chance)))
+        power = 1.0 / tl.load(temperatures + scale + j).to(tl.float64)
+        bias = tl.load(biases + scale + j).to(tl.float64)
+        # odds to the power of 1 / T, times e^b
+        chance = 1.0 / (1.0 + tl.exp(power * tl.log((1.0 - chance) / chance) - bias))
         survival *= tl.where(position[None, :] >= j, chance[:, None], 1.0)
     shown = tl.where(there, survival, -1.0).to(tl.float32)
     place = session[:, None] * size + position[None, :]
@@ -85,7 +90,9 @@ def admit_kernel(
 def admit(
     confidence_logits: torch.Tensor,  # [S, B] fp32
     lengths: torch.Tensor,  # [S] int64: tokens of each block
-    temperatures: torch.Tensor,  # [B] fp32, above 0
+    greedy: torch.Tensor,  # [S] int64: 1 of greedy sessions, else 0
+    temperatures: torch.Tensor,  # [2, B] fp32, above 0: of others, and of greedy ones
+    biases: torch.Tensor,  # [2, B] fp32
     capacity: torch.Tensor,  # [1] int64: tokens to admit
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [S] int64, [S, B] fp32
     """How many tokens of each session are admitted, and all survivals (-1: no token there)."""
@@ -100,7 +107,8 @@ def admit(
     launch(
         admit_kernel,
         (1 if sessions else 0,),
-        admitted, survivals, confidence_logits.contiguous(), lengths, temperatures, capacity,
+        admitted, survivals, confidence_logits.contiguous(), lengths, greedy,
+        temperatures.contiguous(), biases.contiguous(), capacity,
         sessions, size,
         BLOCK_S=block_s, BLOCK_B=block_b, LEAST=LEAST, MOST=MOST,
         num_warps=min(16, max(1, block_s * block_b // 256)),

@@ -266,7 +266,8 @@ def _drafting(capability: int) -> Iterator[Variant]:
         admission.admit_kernel,
         {
             "admitted": "*i64", "survivals": "*fp32", "logits": "*fp32", "lengths": "*i64",
-            "temperatures": "*fp32", "capacity": "*i64", "sessions": "i32", "size": "i32",
+            "greedy": "*i64", "temperatures": "*fp32", "biases": "*fp32", "capacity": "*i64",
+            "sessions": "i32", "size": "i32",
         },
         {
             "BLOCK_S": 512, "BLOCK_B": 16, "LEAST": admission.LEAST, "MOST": admission.MOST,

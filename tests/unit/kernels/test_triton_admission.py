@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dspark.scheduling.planner import plan_lengths
-from dspark.scheduling.survival import ABSENT, survival
+from dspark.scheduling.survival import ABSENT, survivals_of
+from dspark.types import Scale, Scales
 
 pytest.importorskip("triton")
 from dspark.kernels.triton.admission import MOST_TOKENS, admit
@@ -20,14 +21,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def admitted(
     logits: torch.Tensor,  # [S, B]
     lengths: list[int],
-    temperatures: list[float],  # B
+    scales: Scales,
     capacity: int,
+    greedy: list[bool] | None = None,  # [S]; None: none is
 ) -> tuple[list[int], np.ndarray]:
     """What the kernel says."""
     got, survivals = admit(
         logits.to(DEVICE),
         torch.tensor(lengths, device=DEVICE),
-        torch.tensor(temperatures, device=DEVICE),
+        torch.tensor(greedy or [False] * len(lengths), device=DEVICE).long(),
+        torch.tensor([scales.sampled.temperatures, scales.greedy.temperatures], device=DEVICE),
+        torch.tensor([scales.sampled.biases, scales.greedy.biases], device=DEVICE),
         torch.tensor([capacity], device=DEVICE),
     )
     return got.tolist(), survivals.cpu().numpy()
@@ -40,9 +44,16 @@ def ranked(survivals: np.ndarray, capacity: int) -> list[int]:
     ).lengths
 
 
-def wanted(logits: torch.Tensor, lengths: list[int], temperatures: list[float]) -> np.ndarray:
+def alike(size: int, temperature: float = 1.0) -> Scales:
+    scale = Scale((temperature,) * size, (0.0,) * size)
+    return Scales(scale, scale)
+
+
+def wanted(
+    logits: torch.Tensor, lengths: list[int], greedy: list[bool], scales: Scales
+) -> np.ndarray:
     """dspark.scheduling.survival's, ABSENT past a block's end."""
-    exact = survival(torch.sigmoid(logits.double()).numpy(), temperatures)
+    exact = survivals_of(torch.sigmoid(logits.double()).numpy(), greedy, scales)
     return np.where(np.arange(logits.shape[1]) < np.array(lengths)[:, None], exact, ABSENT)
 
 
@@ -65,11 +76,14 @@ def test_it_is_the_planners_ranked_search(
     lengths = [size] * sessions
     if ragged:
         lengths = torch.randint(0, size + 1, (sessions,), generator=generator).tolist()
-    temperatures = (torch.rand(size, generator=generator) + 0.5).tolist()
-    got, survivals = admitted(logits, lengths, temperatures, capacity)
+    greedy = (torch.rand(sessions, generator=generator) < 0.5).tolist()
+    temperatures = (torch.rand(2, size, generator=generator) + 0.5).tolist()
+    biases = torch.randn(2, size, generator=generator).tolist()
+    scales = Scales(*(Scale(tuple(t), tuple(b)) for t, b in zip(temperatures, biases, strict=True)))
+    got, survivals = admitted(logits, lengths, scales, capacity, greedy)
     # exp and log differ by some units in fp64, which the rounding to fp32 may turn into one of it
     np.testing.assert_allclose(
-        survivals, wanted(logits, lengths, temperatures), rtol=2e-7, atol=1e-38
+        survivals, wanted(logits, lengths, greedy, scales), rtol=2e-7, atol=1e-38
     )
     assert got == ranked(survivals, capacity), "a plan of the very same survivals"
     assert sum(got) == min(capacity, sum(lengths))
@@ -78,18 +92,18 @@ def test_it_is_the_planners_ranked_search(
 def test_ties_go_by_position_then_session() -> None:
     logits = torch.zeros(3, 4)  # all alike: the survivals of a position are the same everywhere
     for capacity, want in [(1, [1, 0, 0]), (2, [1, 1, 0]), (4, [2, 1, 1]), (11, [4, 4, 3])]:
-        assert admitted(logits, [4] * 3, [1.0] * 4, capacity)[0] == want
+        assert admitted(logits, [4] * 3, alike(4), capacity)[0] == want
     sure = torch.full((3, 4), 1e4)  # clipped to all but 1, which no product of four may round away
-    assert admitted(sure, [4] * 3, [0.01] * 4, 5)[0] == [2, 2, 1], "equal along a row as well"
+    assert admitted(sure, [4] * 3, alike(4, 0.01), 5)[0] == [2, 2, 1], "equal along a row as well"
 
 
 def test_no_capacity_and_more_than_all() -> None:
     logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     lengths = [6, 0, 3, 1, 6]
-    assert admitted(logits, lengths, [1.0] * 6, 0)[0] == [0] * 5
-    assert admitted(logits, lengths, [1.0] * 6, -3)[0] == [0] * 5
-    assert admitted(logits, lengths, [1.0] * 6, 16)[0] == lengths
-    assert admitted(logits, lengths, [1.0] * 6, 10**12)[0] == lengths
+    assert admitted(logits, lengths, alike(6), 0)[0] == [0] * 5
+    assert admitted(logits, lengths, alike(6), -3)[0] == [0] * 5
+    assert admitted(logits, lengths, alike(6), 16)[0] == lengths
+    assert admitted(logits, lengths, alike(6), 10**12)[0] == lengths
 
 
 @pytest.mark.parametrize(("sessions", "size"), [(1024, 8), (512, 16), (1000, 7), (1170, 7)])
@@ -97,10 +111,10 @@ def test_full_steps(sessions: int, size: int) -> None:
     """Survivals underflow to values that many share; sizes are no powers of two."""
     generator = torch.Generator().manual_seed(sessions)
     logits = (torch.randn(sessions, size, generator=generator) * 4).round()
-    got, survivals = admitted(logits, [size] * sessions, [1.0] * size, 3000)
+    got, survivals = admitted(logits, [size] * sessions, alike(size), 3000)
     assert got == ranked(survivals, 3000)
 
 
 def test_a_step_that_is_too_large_is_refused() -> None:
     with pytest.raises(ValueError, match=f"at most {MOST_TOKENS}"):
-        admitted(torch.zeros(4097, 2), [2] * 4097, [1.0] * 2, 1)
+        admitted(torch.zeros(4097, 2), [2] * 4097, alike(2), 1)
