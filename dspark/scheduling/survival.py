@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -32,10 +32,12 @@ def survivals_of(
     """The same of requests of both kinds."""
     if scales == RAW_SCALES:
         return _survival(confidences)
-    kinds = [_factors(scale, confidences.shape[1]) for scale in (scales.sampled, scales.greedy)]
-    powers, odds = (np.stack(both) for both in zip(*kinds, strict=True))
-    kind = np.asarray(greedy, dtype=np.int64)
-    return _survival(confidences, (powers[kind], odds[kind]))
+    width, kind = confidences.shape[1], np.asarray(greedy, dtype=np.bool_)
+    of_kinds = [_factors(scale, width) for scale in (scales.sampled, scales.greedy)]
+    if kind.all() or not kind.any():
+        return _survival(confidences, of_kinds[bool(kind.any())])
+    powers, odds = (np.stack(both)[kind.astype(np.int64)] for both in zip(*of_kinds, strict=True))
+    return _survival(confidences, (powers, odds))
 
 
 def survival_table(
@@ -68,6 +70,7 @@ def _survival(
     return np.cumprod(calibrated, axis=-1).astype(np.float32)
 
 
+@lru_cache(maxsize=16)  # the same ones at each step
 def _factors(scale: Scale, width: int) -> tuple[DoubleArray, DoubleArray]:  # [γ] each
     """1 / T and e^b by position."""
     powers, odds = np.ones(width), np.ones(width)
@@ -96,12 +99,10 @@ def _few(
     return np.array(table, dtype=np.float32)
 
 
+@lru_cache(maxsize=16)
 def _few_factors(scale: Scale, width: int) -> list[tuple[float, float]]:
-    powers = [1.0 / t for t in scale.temperatures[:width]]
-    odds = [math.exp(b) for b in scale.biases[:width]]
-    powers += [1.0] * (width - len(powers))
-    odds += [1.0] * (width - len(odds))
-    return list(zip(powers, odds, strict=True))
+    powers, odds = _factors(scale, width)
+    return list(zip(powers.tolist(), odds.tolist(), strict=True))
 
 
 def logits(confidences: DoubleArray) -> DoubleArray:
