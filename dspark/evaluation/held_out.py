@@ -24,7 +24,8 @@ class Fit:
     """A scale of γ positions."""
 
     scale: Scale
-    verified: tuple[int, ...]  # [γ] rounds that it was fitted on at each position
+    # [γ] rounds in which each position was verified; those whose prefix stood tell of it.
+    verified: tuple[int, ...]
     rounds: int
 
 

@@ -67,7 +67,7 @@ class CalibrationTable:
     scales: Scales
     block_size: int  # γ, the drafter's own
     drafter_fingerprint: str
-    blocks: int  # that were fitted on
+    blocks: int  # of the last fit
     epoch: int = 0  # grows with each table that a scheduler publishes; 0: a checkpoint's
 
     def __post_init__(self) -> None:

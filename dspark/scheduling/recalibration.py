@@ -27,7 +27,7 @@ from dspark.scheduling.calibration import (
     fit_scale,
     survival_error,
 )
-from dspark.types import BlockOutcomes, BoolArray, FloatArray, IntArray, Scales
+from dspark.types import RAW_SCALES, BlockOutcomes, BoolArray, FloatArray, IntArray, Scales
 
 WINDOW = 8192  # blocks
 FIRST_BLOCKS = 2048  # of evidence before the first fit
@@ -120,7 +120,7 @@ class _Window:
         self.fitted_at = 0  # of `taken`
         self.fitted_at_s = -np.inf
         self.fitting = False
-        self.reported = Scales()  # that verifiers use
+        self.reported = RAW_SCALES  # that verifiers use
         self.reported_epoch = 0  # of their table
 
     @property
