@@ -71,6 +71,8 @@ class LocalCluster:
         # Ray forks to start its processes, and gRPC's own care for forks kills such a child when a
         # call is under way (grpc issue 43055). Read when gRPC begins: set it earlier where it has.
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+        # Of a core that another program wants, too, Ray's own default of 15 leaves services 3 %.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         logging.getLogger("ray").setLevel(logging.ERROR)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         try:

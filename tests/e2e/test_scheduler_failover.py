@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
-def schedulers(tmp_path: Path) -> Iterator[Any]:
+def schedulers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # no less urgent than other tests
     with running_redis(tmp_path) as redis:
         settings = {
             "scheduler_replicas": 2,

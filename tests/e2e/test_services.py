@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -47,11 +48,15 @@ def reference() -> GreedyReference:
     return GreedyReference(model, (eos,))
 
 
-def ask(client: InferenceClient, prompt: str, **settings: Any) -> tuple[list[int], Any]:
+def ask(
+    client: InferenceClient, prompt: str, begun: threading.Event | None = None, **settings: Any
+) -> tuple[list[int], Any]:
     settings = {"max_tokens": TOKENS, "temperature": 0.0, **settings}
     token_ids: list[int] = []
     for part in client.generate(chat_request(BUILTIN, [("user", prompt)], **settings)):
         token_ids += part.token_ids
+        if begun is not None:
+            begun.set()
     return token_ids, part
 
 
@@ -81,6 +86,11 @@ def test_greedy_answers_are_the_targets_own(
     assert drafted > 0, "INCONCLUSIVE: nothing was drafted"
     assert accepted > 0, "INCONCLUSIVE: nothing was accepted"
     assert_lossless(answers, reference, tokenizer)
+
+
+def test_services_are_as_urgent_as_who_started_them(cluster: LocalCluster) -> None:
+    pid = serve.get_deployment_handle("draft", "draft").pid.remote().result(timeout_s=30)
+    assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def test_steps_are_explained(cluster: LocalCluster) -> None:
@@ -161,10 +171,10 @@ def test_a_killed_drafter_costs_no_stream_and_drafting_resumes(
 ) -> None:
     draft = serve.get_deployment_handle("draft", "draft")
     before = draft.pid.remote().result(timeout_s=30)
+    begun = threading.Event()
     with InferenceClient(cluster.grpc_address) as client, ThreadPoolExecutor(8) as pool:
-        streams = [pool.submit(ask, client, prompt) for prompt in PROMPTS]
-        first = next(iter(client.generate(chat_request(BUILTIN, [("user", "Hi")], max_tokens=2))))
-        assert first.token_ids  # the verifier is stepping
+        streams = [pool.submit(ask, client, prompt, begun) for prompt in PROMPTS]
+        assert begun.wait(60), "the verifier does not step"
         os.kill(before, signal.SIGKILL)
         answers = [stream.result(timeout=300) for stream in streams]
         assert_lossless(answers, reference, tokenizer)

@@ -73,8 +73,9 @@ def alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def two_cores(alike: None) -> Iterator[None]:
-    """A Ray cluster of this process's own."""
+def two_cores(alike: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray cluster of this process's own, its workers no less urgent than other tests."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
