@@ -69,8 +69,7 @@ class DSparkBlocks:
             window=window + rows if window else None,
         )
         anchors = torch.tensor([w.anchor_token_id for w in works])
-        tokens = self._drafter.block_tokens(anchors, size)
-        tokens, anchors = plan.move(tokens.flatten(), anchors)
+        tokens = self._drafter.block_tokens(anchors, size).flatten()
         hidden = self._forward.hidden(tokens, plan, kv).view(len(works), rows, -1)
         hidden = self._drafter.predicting(hidden).contiguous()
         rules = DrawRules.of([w.fence for w in works], [w.sampling for w in works], size)

@@ -48,7 +48,7 @@ class CapturedDraw:
     def run(
         self,
         hidden: torch.Tensor,  # [S, B, d]
-        anchors: torch.Tensor,  # [S]
+        anchors: torch.Tensor,  # [S] on the host
         rules: DrawRules,  # on the host
         candidates: int,
     ) -> DrawnBlocks:
@@ -56,13 +56,13 @@ class CapturedDraw:
         sessions, size, _ = hidden.shape
         greedy = rules.present() <= {GREEDY}
         if sessions > _MOST_SESSIONS or self.failed:
-            rules = DrawRules(*to_device(rules.tensors, self._device))
-            return self._draw(hidden, anchors, rules, candidates, greedy)
+            anchors, *placed = to_device([anchors, *rules.tensors], self._device)
+            return self._draw(hidden, anchors, DrawRules(*placed), candidates, greedy)
         padded = 1 << (sessions - 1).bit_length()
         shape = (padded, size, candidates, greedy)
         static = self._shapes.get(shape)
         if static is None:
-            static = _Static(padded, hidden, anchors)
+            static = _Static(padded, hidden)
         static.fill(hidden, anchors, rules)
         if shape not in self._shapes:
             if self._capture is not None and not self._captured(static, shape, self._capture):
@@ -114,9 +114,8 @@ class _Static:
     _padding: torch.Tensor
     _buffer: torch.Tensor
 
-    def __init__(self, padded: int, hidden: torch.Tensor, anchors: torch.Tensor) -> None:
+    def __init__(self, padded: int, hidden: torch.Tensor) -> None:
         self.hidden = hidden.new_zeros(padded, *hidden.shape[1:])
-        self.anchors = anchors.new_zeros(padded)
         self.graph, self.drawn = None, None
         # Padding: greedy sessions, whose tokens nobody asks for.
         nobody = DrawRules(
@@ -126,17 +125,19 @@ class _Static:
             top_p=torch.ones(padded),
             keys=torch.zeros(padded, hidden.shape[1], dtype=torch.int64),
         )
-        self._packing = Packing(nobody.tensors)
-        self._padding = self._packing.fill(self._packing.buffer("cpu"), nobody.tensors)
+        padding = [torch.zeros(padded, dtype=torch.int64), *nobody.tensors]
+        self._packing = Packing(padding)
+        self._padding = self._packing.fill(self._packing.buffer("cpu"), padding)
         self._buffer = self._packing.buffer(hidden.device)
-        self.rules = DrawRules(*self._packing.views(self._buffer))
+        self.anchors, *rules = self._packing.views(self._buffer)
+        self.rules = DrawRules(*rules)
 
     def fill(self, hidden: torch.Tensor, anchors: torch.Tensor, rules: DrawRules) -> None:
-        """Take in sessions that fit; the rules in one copy."""
+        """Take in sessions that fit; what is on the host in one copy."""
         self.hidden[: len(hidden)].copy_(hidden)
-        self.anchors[: len(anchors)].copy_(anchors)
         staged = self._packing.buffer("cpu", pinned=self._buffer.device.type == "cuda")
         staged.copy_(self._padding)
-        for line, values in zip(self._packing.views(staged), rules.tensors, strict=True):
+        given = (anchors, *rules.tensors)
+        for line, values in zip(self._packing.views(staged), given, strict=True):
             line[: len(values)].copy_(values)
         self._buffer.copy_(staged, non_blocking=True)

@@ -4,7 +4,8 @@ A block is a sequence's newest rows, as the target's are, only that they see eac
 plan, the same pages and the same attention serve both. Keys and values of the masked rows go to
 the slots that their positions have, and the features of what was committed overwrite them later.
 
-Two ways with one contract: the family's own modules (any device and type), and the C++ operators.
+Three ways with one contract: the family's own modules (any device and type), the C++ operators,
+and the Triton kernels.
 
 Symbols as in dspark.models.drafter; N rows of context, T rows of blocks.
 """
@@ -18,17 +19,19 @@ import torch
 import torch.nn.functional as F
 
 from dspark.decoding.drawing import DrawnBlocks, DrawRules, draw
-from dspark.kernels.attention_plan import AttentionPlan
+from dspark.kernels.attention_plan import AttentionPlan, RowPlan
 from dspark.kernels.cpu import operators
 from dspark.kernels.dispatch import TRITON_TYPES, has_triton
 from dspark.kernels.transfer import to_device
 from dspark.models.captured_draw import CapturedDraw
 from dspark.models.drafter import DSparkDrafter
-from dspark.models.fused import FusedLayers
+from dspark.models.fused import FAMILIES, FusedLayers
+from dspark.models.graphs import PaddedSteps
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
 from dspark.models.sequential_head import MarkovHead
 from dspark.models.target import ATTENTION_NAME, register_attention
+from dspark.models.triton_layers import TritonLayers
 
 if TYPE_CHECKING:
     from dspark.kernels.triton.draft_head import DraftHead
@@ -50,7 +53,7 @@ class DraftForward(Protocol):
 
     def hidden(
         self,
-        tokens: torch.Tensor,  # [T] anchors and masks
+        tokens: torch.Tensor,  # [T] anchors and masks, on the host
         plan: AttentionPlan,
         kv: PagedKVCache,
     ) -> torch.Tensor:  # [T, d]
@@ -59,7 +62,7 @@ class DraftForward(Protocol):
     def draw(
         self,
         hidden: torch.Tensor,  # [S, γ, d]
-        anchors: torch.Tensor,  # [S]
+        anchors: torch.Tensor,  # [S] on the host
         rules: DrawRules,  # on the host
         candidates: int,  # K
     ) -> DrawnBlocks:
@@ -70,6 +73,8 @@ def draft_forward(drafter: DSparkDrafter) -> DraftForward:
     """The fastest way to run a frozen drafter as it is: type, device, family."""
     if FusedDraftForward.fits(drafter):
         return FusedDraftForward(drafter)
+    if TritonDraftForward.fits(drafter):
+        return TritonDraftForward(drafter)
     return ModuleDraftForward(drafter)
 
 
@@ -106,6 +111,7 @@ class ModuleDraftForward:
     def hidden(self, tokens: torch.Tensor, plan: AttentionPlan, kv: PagedKVCache) -> torch.Tensor:
         """See DraftForward."""
         drafter = self._drafter
+        (tokens,) = plan.move(tokens)
         drafter.use_attention(ATTENTION_NAME)
         x = drafter.embed(tokens[None])
         turns = drafter.rotary(x, plan.placed.positions[None])
@@ -129,7 +135,8 @@ class ModuleDraftForward:
         if self._kernels is not None and candidates <= _MOST_CANDIDATES:
             return self._kernels.run(hidden, anchors, rules, candidates)
         present = rules.present()
-        rules = DrawRules(*to_device(rules.tensors, hidden.device))
+        anchors, *placed = to_device([anchors, *rules.tensors], hidden.device)
+        rules = DrawRules(*placed)
         head, vocabulary = self._drafter.markov_head, self._drafter.draft_token_ids
         base = self._drafter.cap(self._head(hidden))
         previous, state = anchors, head.first_state(len(anchors))
@@ -164,6 +171,60 @@ class ModuleDraftForward:
         return draw_blocks(
             base, hidden, anchors, self._draft_head, rules, candidates, greedy=greedy
         )
+
+
+class TritonDraftForward(ModuleDraftForward):
+    """The Triton kernels. Blocks of few rows run in padded shapes, captured on a GPU."""
+
+    def __init__(self, drafter: DSparkDrafter) -> None:
+        """Makes views of the drafter's weights."""
+        super().__init__(drafter)
+        weight = drafter.norm.weight
+        config = drafter.layers[0].self_attn.config
+        self._layers = TritonLayers(config, drafter.layers, drafter.rotary_emb)
+        self._eps: float = config.rms_norm_eps
+        self._padded = PaddedSteps(
+            self._run, weight.device, capture=weight.device.type == "cuda", gathers=False
+        )
+
+    @staticmethod
+    def fits(drafter: DSparkDrafter) -> bool:
+        """Whether the kernels compute what this drafter's modules do."""
+        config, weight = drafter.layers[0].self_attn.config, drafter.norm.weight
+        return config.model_type in FAMILIES and TritonLayers.fits(
+            config, drafter.layers, drafter.rotary_emb, weight.dtype, weight.device
+        )
+
+    def write_context(
+        self,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        kv: PagedKVCache,
+    ) -> None:
+        """See DraftForward."""
+        self._layers.write_context(features, positions, slots, kv)
+
+    def hidden(self, tokens: torch.Tensor, plan: AttentionPlan, kv: PagedKVCache) -> torch.Tensor:
+        """See DraftForward."""
+        every_row = torch.arange(len(tokens))
+        out = self._padded.run(tokens, plan, every_row, kv)
+        if out is None:
+            tokens, every_row = plan.move(tokens, every_row)
+            out = self._run(tokens, plan, every_row, kv)
+        return out[0]
+
+    def _run(
+        self,
+        tokens: torch.Tensor,  # [T]
+        plan: AttentionPlan | RowPlan,
+        _: torch.Tensor,  # every row
+        kv: PagedKVCache,
+    ) -> tuple[torch.Tensor, None]:
+        from dspark.kernels.triton.rows import add_rms_norm
+
+        x, delta, _taps = self._layers.run(self._drafter.embed(tokens), plan, kv)
+        return add_rms_norm(x, delta, self._drafter.norm.weight, self._eps), None
 
 
 def _draft_head(drafter: DSparkDrafter) -> DraftHead:

@@ -1,8 +1,9 @@
 """Steps of few rows in padded shapes, captured as CUDA graphs and replayed (paper §5.3).
 
 A small step costs a GPU less than launching its kernels costs the host. So every row is made a
-sequence of its own, rows and pages are padded to a few sizes, and the target's forward is captured
-once for each size that occurs: what comes in lies in static buffers, filled by one copy.
+sequence of its own, rows and pages are padded to a few sizes, and the forward of a target, or of a
+drafter's block, is captured once for each size that occurs: what comes in lies in static buffers,
+filled by one copy.
 
 The LM head runs on every row. Nearly all rows of such steps are asked for their logits, and a
 matrix that is read for one row costs the same for some dozens.
@@ -47,8 +48,9 @@ _MOST_KEYS = 1 << 22
 _MOST_GRAPHS = 64  # of one cache; the least recently used goes
 
 Shape = tuple[int, int]  # T, W
+Kind = tuple[int, int, int | None]  # T, W, and the plan's window
 Output = tuple[torch.Tensor, torch.Tensor | None]  # logits [N, V] and taps [T, m·d]
-# The target's forward: token ids [T], their plan, rows with logits [N], the cache.
+# A model's forward: token ids [T], their plan, rows with logits [N], the cache.
 Forward = Callable[[torch.Tensor, RowPlan, torch.Tensor, PagedKVCache], Output]
 
 
@@ -76,7 +78,7 @@ def _padded_width(width: int) -> int:
 
 
 class PaddedSteps:
-    """The padded steps of one target, over any number of caches."""
+    """The padded steps of one model, over any number of caches."""
 
     def __init__(
         self, forward: Forward, device: torch.device, *, capture: bool, gathers: bool = True
@@ -112,17 +114,18 @@ class PaddedSteps:
         if shape is None or self.failed or not kv.allocated:
             return None
         held = self._caches.setdefault(kv, _Captured())
-        step = held.steps.get(shape)
+        kind = (*shape, plan.window)
+        step = held.steps.get(kind)
         if step is None:
-            step = _Step(shape, self._device)
+            step = _Step(shape, plan.window, self._device)
         step.fill(token_ids, plan, logit_rows)
-        if shape not in held.steps:
+        if kind not in held.steps:
             if self._capture is not None and not self._captured(step, self._capture, kv, held):
                 return None
-            held.steps[shape] = step
+            held.steps[kind] = step
             if len(held.steps) > _MOST_GRAPHS:
                 held.steps.popitem(last=False)
-        held.steps.move_to_end(shape)
+        held.steps.move_to_end(kind)
         if step.graph is None:
             self._write(step, kv)
         else:
@@ -139,7 +142,9 @@ class PaddedSteps:
     def _write(self, step: _Step, kv: PagedKVCache) -> None:
         """Run the step on what its buffers hold; its output goes to the shared ones."""
         # A new plan each time: what kernels derive from one must not outlive a capture.
-        plan = RowPlan(step.positions, step.reach, step.slots, step.tables, step.tile_rows)
+        plan = RowPlan(
+            step.positions, step.reach, step.slots, step.tables, step.tile_rows, step.window
+        )
         logits, taps = self._forward(step.token_ids, plan, step.every_row, kv)
         rows = len(logits)
         if self._logits is None:
@@ -171,8 +176,8 @@ class PaddedSteps:
 class _Step:
     """The static inputs of one shape, and its graph."""
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        self.shape = shape
+    def __init__(self, shape: Shape, window: int | None, device: torch.device) -> None:
+        self.shape, self.window = shape, window
         self.graph: torch.cuda.CUDAGraph | None = None
         rows, width = shape
         lines = torch.zeros(5, rows, dtype=torch.int64)
@@ -209,5 +214,5 @@ class _Step:
 class _Captured:
     """What is held for one cache, least recently used first; its graphs share their memory."""
 
-    steps: OrderedDict[Shape, _Step] = field(default_factory=OrderedDict)
+    steps: OrderedDict[Kind, _Step] = field(default_factory=OrderedDict)
     pool: Any = None  # torch's handle of that memory

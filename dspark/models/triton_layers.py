@@ -45,6 +45,116 @@ class _Layer:
     window: int | None
 
 
+class TritonLayers:
+    """Decoder layers of one shape, over pages."""
+
+    def __init__(
+        self,
+        config: Any,
+        layers: Any,
+        rotary: Any,
+        *,
+        linear: Linear = F.linear,
+        one_size: bool = False,  # attention in tiles of one size, whatever rows there are
+        shard: Shard | None = None,
+    ) -> None:
+        """Makes views of the weights of `layers`, which are the part `shard` of a target's."""
+        attention = layers[0].self_attn
+        self._linear, self._one_size, self._shard = linear, one_size, shard
+        self._rotary = rotary
+        self._heads: int = config.num_attention_heads
+        self._kv_heads: int = config.num_key_value_heads
+        self._width: int = attention.head_dim
+        self._scale: float = attention.scaling
+        self._eps: float = config.rms_norm_eps
+        self._layers = [_layer(layer, layer_window(config, i)) for i, layer in enumerate(layers)]
+
+    @staticmethod
+    def fits(
+        config: Any, layers: Any, rotary: Any, dtype: torch.dtype, device: torch.device
+    ) -> bool:
+        """Whether this loop computes what the layers' own modules do."""
+        if config.model_type not in FAMILIES or config.hidden_act != "silu":
+            return False
+        width: int = layers[0].self_attn.head_dim
+        return len(rotary.inv_freq) == width // 2 and serves_with_triton(
+            dtype, device, width, config.num_attention_heads, config.num_key_value_heads
+        )
+
+    def run(
+        self,
+        x: torch.Tensor,  # [T, d] the residual, updated in place
+        plan: AttentionPlan | RowPlan,
+        kv: PagedKVCache,
+        tap_layer_ids: Sequence[int] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[int, torch.Tensor]]:
+        """The residual, what is yet to be added to it, and what the tapped layers put out."""
+        from dspark.kernels.triton.attention import paged_attention
+        from dspark.kernels.triton.cache_write import rotate_write
+        from dspark.kernels.triton.rows import add_rms_norm, silu_mul
+
+        linear, eps, mixed_width = self._linear, self._eps, self._heads * self._width
+        cos, sin = self._turns(plan.placed.positions)
+        slots = plan.placed.slots
+        delta: torch.Tensor | None = None
+        taps: dict[int, torch.Tensor] = {}
+        for i, layer in enumerate(self._layers):
+            h = add_rms_norm(x, delta, layer.input_norm, eps)
+            qkv = linear(h, layer.qkv, layer.qkv_bias)
+            store = self._store(kv, i, qkv)
+            rotate_write(qkv, cos, sin, layer.norms, eps, store.keys, store.values, slots)
+            query = qkv[:, :mixed_width].unflatten(1, (self._heads, self._width))
+            mixed = paged_attention(
+                query, store.keys, store.values, plan,
+                scale=self._scale, window=layer.window, one_size=self._one_size,
+            )  # fmt: skip
+            delta = self._whole(linear(mixed.flatten(1), layer.out.weight, layer.out.bias))
+            h = add_rms_norm(x, delta, layer.mlp_norm, eps)
+            act = silu_mul(linear(h, layer.gate_up, layer.gate_up_bias))
+            delta = self._whole(linear(act, layer.down.weight, layer.down.bias))
+            if i in tap_layer_ids:
+                x, delta = x + delta, None
+                taps[i] = x.clone()
+        return x, delta, taps
+
+    def write_context(
+        self,
+        features: torch.Tensor,  # [N, d]
+        positions: torch.Tensor,  # [N]
+        slots: torch.Tensor,  # [N]
+        kv: PagedKVCache,
+    ) -> None:
+        """Keys and values that every layer makes of rows which it does not attend from."""
+        from dspark.kernels.triton.cache_write import rotate_write
+
+        cos, sin = self._turns(positions)
+        queries = self._heads * self._width
+        for i, layer in enumerate(self._layers):
+            bias = None if layer.qkv_bias is None else layer.qkv_bias[queries:]
+            made = self._linear(features, layer.qkv[queries:], bias)
+            store = self._store(kv, i, made)
+            rotate_write(made, cos, sin, layer.norms, self._eps, store.keys, store.values, slots)
+
+    def _turns(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [T, D/2] of positions [T]."""
+        angles = positions.float()[:, None] * self._rotary.inv_freq.float()
+        scaling = self._rotary.attention_scaling
+        return angles.cos() * scaling, angles.sin() * scaling
+
+    def _whole(self, delta: torch.Tensor) -> torch.Tensor:
+        if self._shard is not None:
+            self._shard.add_up(delta)
+        return delta
+
+    def _store(self, kv: PagedKVCache, layer: int, like: torch.Tensor) -> TritonStore:
+        if not kv.holds(layer):
+            row = like.new_empty(0, self._kv_heads, self._width)
+            kv.allocate(layer, row, row)
+        store = kv.layer(layer)
+        assert isinstance(store, TritonStore)  # as fits() has asked
+        return store
+
+
 class TritonDecoder:
     """A decoder's layers and final norm, for steps over pages."""
 
@@ -56,33 +166,29 @@ class TritonDecoder:
         `batch_invariant`: products by our kernel and attention in tiles of one size, so that what
         a row says does not depend on the rows beside it, to the bit.
         """
-        self._shard = shard
         if batch_invariant:
             _check_tensor_cores(model.device)
         self._invariant = batch_invariant
         config, decoder = model.config.get_text_config(), model.get_decoder()
-        attention = decoder.layers[0].self_attn
         self._embedding: torch.Tensor = decoder.embed_tokens.weight
         self._final_norm: torch.Tensor = decoder.norm.weight
-        self._rotary = decoder.rotary_emb
-        self._heads: int = config.num_attention_heads
-        self._kv_heads: int = config.num_key_value_heads
-        self._width: int = attention.head_dim
-        self._scale: float = attention.scaling
         self._eps: float = config.rms_norm_eps
-        self._layers = [
-            _layer(layer, layer_window(config, i)) for i, layer in enumerate(decoder.layers)
-        ]
+        self._layers = TritonLayers(
+            config,
+            decoder.layers,
+            decoder.rotary_emb,
+            linear=self.linear,
+            one_size=batch_invariant,
+            shard=shard,
+        )
 
     @staticmethod
     def fits(model: Any) -> bool:
         """Whether this loop computes what the model's own modules do."""
         config, decoder = model.config.get_text_config(), model.get_decoder()
-        if config.model_type not in FAMILIES or config.hidden_act != "silu":
-            return False
-        width: int = decoder.layers[0].self_attn.head_dim
-        return len(decoder.rotary_emb.inv_freq) == width // 2 and serves_with_triton(
-            model.dtype, model.device, width, config.num_attention_heads, config.num_key_value_heads
+        # Other families' decoders need not even have the parts that are looked at below.
+        return config.model_type in FAMILIES and TritonLayers.fits(
+            config, decoder.layers, decoder.rotary_emb, model.dtype, model.device
         )
 
     def forward(
@@ -94,38 +200,13 @@ class TritonDecoder:
         tap_layer_ids: Sequence[int],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Normed hidden states [N, d] of the logit rows, and taps [T, m·d] side by side."""
-        from dspark.kernels.triton.attention import paged_attention
-        from dspark.kernels.triton.cache_write import rotate_write
-        from dspark.kernels.triton.rows import add_rms_norm, silu_mul
+        from dspark.kernels.triton.rows import add_rms_norm
 
-        linear = self.linear
-        placed, eps, mixed_width = plan.placed, self._eps, self._heads * self._width
         x = F.embedding(token_ids, self._embedding)
-        angles = placed.positions.float()[:, None] * self._rotary.inv_freq.float()
-        scaling = self._rotary.attention_scaling
-        cos, sin = angles.cos() * scaling, angles.sin() * scaling
-        delta: torch.Tensor | None = None
-        taps: dict[int, torch.Tensor] = {}
-        for i, layer in enumerate(self._layers):
-            h = add_rms_norm(x, delta, layer.input_norm, eps)
-            qkv = linear(h, layer.qkv, layer.qkv_bias)
-            store = self._store(kv, i, qkv)
-            rotate_write(qkv, cos, sin, layer.norms, eps, store.keys, store.values, placed.slots)
-            query = qkv[:, :mixed_width].unflatten(1, (self._heads, self._width))
-            mixed = paged_attention(
-                query, store.keys, store.values, plan,
-                scale=self._scale, window=layer.window, one_size=self._invariant,
-            )  # fmt: skip
-            delta = self._whole(linear(mixed.flatten(1), layer.out.weight, layer.out.bias))
-            h = add_rms_norm(x, delta, layer.mlp_norm, eps)
-            act = silu_mul(linear(h, layer.gate_up, layer.gate_up_bias))
-            delta = self._whole(linear(act, layer.down.weight, layer.down.bias))
-            if i in tap_layer_ids:
-                x, delta = x + delta, None
-                taps[i] = x.clone()
+        x, delta, taps = self._layers.run(x, plan, kv, tap_layer_ids)
         if len(logit_rows) < len(x):
             x, delta = x[logit_rows], None if delta is None else delta[logit_rows]
-        hidden = add_rms_norm(x, delta, self._final_norm, eps)
+        hidden = add_rms_norm(x, delta, self._final_norm, self._eps)
         if not tap_layer_ids:
             return hidden, None
         return hidden, torch.cat([taps[i] for i in tap_layer_ids], dim=-1)
@@ -138,19 +219,6 @@ class TritonDecoder:
         from dspark.kernels.triton.linear import linear
 
         return linear
-
-    def _whole(self, delta: torch.Tensor) -> torch.Tensor:
-        if self._shard is not None:
-            self._shard.add_up(delta)
-        return delta
-
-    def _store(self, kv: PagedKVCache, layer: int, qkv: torch.Tensor) -> TritonStore:
-        if not kv.holds(layer):
-            like = qkv.new_empty(0, self._kv_heads, self._width)
-            kv.allocate(layer, like, like)
-        store = kv.layer(layer)
-        assert isinstance(store, TritonStore)  # as fits() has asked
-        return store
 
 
 def _check_tensor_cores(device: torch.device) -> None:

@@ -357,7 +357,7 @@ def test_a_drafter_draws_by_them(shape: dict[str, Any], monkeypatch: pytest.Monk
     drafter = drafter.for_inference(torch.float32, DEVICE)
     width, generator = drafter.config.hidden_size, torch.Generator().manual_seed(3)
     hidden = torch.randn(3, 3, width, generator=generator).to(DEVICE)
-    anchors = torch.tensor([5, 9, 1]).to(DEVICE)
+    anchors = torch.tensor([5, 9, 1])
     rules = rules_of(3, 3, generator)
     monkeypatch.setenv("DSPARK_KERNELS", "reference")
     modules = ModuleDraftForward(copy.deepcopy(drafter))
@@ -403,7 +403,7 @@ def test_padded_draws_are_those_of_the_sessions_themselves(
         rules = rules_of(sessions, 2, generator)
         if sessions == 1:
             rules = replace_kinds(rules, GREEDY)
-        got = steps.run(hidden.to(DEVICE), anchors.to(DEVICE), rules, 8)
+        got = steps.run(hidden.to(DEVICE), anchors, rules, 8)
         kept.append((got, run(hidden, hidden, anchors, head, rules, 8)))
     for got, want in kept:
         for left, right in zip(got.tensors, want.tensors, strict=True):

@@ -1,4 +1,4 @@
-"""A drafter's two ways to run say the same: the family's modules, and the C++ operators."""
+"""A drafter's ways to run say the same: the family's modules, C++ operators, Triton kernels."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from dspark.decoding.drawing import COUPLED, GREEDY, INDEPENDENT, DrawRules
 from dspark.kernels.attention_plan import PAGE_SIZE, plan_attention
 from dspark.kernels.cpu import operators
+from dspark.kernels.triton.launch import launches
 from dspark.models.draft_forward import (
     DraftForward,
     FusedDraftForward,
     ModuleDraftForward,
+    TritonDraftForward,
     draft_forward,
 )
 from dspark.models.drafter import DSparkDrafter
@@ -69,6 +71,32 @@ def test_hidden_states(family: str, window: int, sliding: bool) -> None:
     # as near to fp32 as the family's own modules in bf16
     assert (fused - exact).abs().mean() < 1.2 * (modules - exact).abs().mean()
     assert (exact.roll(1, 0) - exact).abs().mean() > 10 * (fused - exact).abs().mean()
+
+
+@pytest.mark.parametrize("family", LLAMA_LIKE)
+@pytest.mark.parametrize("window", [0, 6 + SIZE])
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_hidden_states_by_the_triton_kernels(
+    family: str, window: int, sliding: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32 they are those of the modules; the second step of a shape is one of its kind, too."""
+    drafter = bf16_drafter(family, **(KINDS[f"{family}, sliding"].drafter if sliding else {}))
+    drafter = drafter.float()
+    monkeypatch.setenv("DSPARK_KERNELS", "reference")
+    exact = hidden(ModuleDraftForward(copy.deepcopy(drafter)), window, torch.float32)
+    monkeypatch.setenv("DSPARK_KERNELS", "triton")
+    if not padded:
+        monkeypatch.setattr("dspark.models.graphs.FEW_ROWS", 1)
+    forward = draft_forward(drafter)
+    assert isinstance(forward, TritonDraftForward)
+    before = launches["rotate_write_kernel"]
+    for _ in range(2):
+        torch.testing.assert_close(
+            hidden(forward, window, torch.float32), exact, atol=1e-4, rtol=1e-4
+        )
+    assert launches["rotate_write_kernel"] - before == 2 * 2 * len(drafter.layers)
+    assert (exact.roll(1, 0) - exact).abs().mean() > 1e-2
 
 
 @pytest.mark.parametrize("family", [name for name in KINDS if name.startswith("gemma")])
