@@ -53,9 +53,8 @@ class DSparkBlocks:
             self.device,
         )
         (features,) = to_device([torch.cat([row.context for row in rows])], self.device)
-        placed = where.placed
-        features = features.to(self.device, self._dtype)
-        self._forward.write_context(features, placed.positions, placed.slots, kv)
+        features = features.to(self._dtype)
+        self._forward.write_context(features, where.positions, where.slots, kv)
 
     def _draft(self, wanting: Seq[Rows], size: int, kv: PagedKVCache, candidates: int) -> Draft:
         works = [row.work for row in wanting]

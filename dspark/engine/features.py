@@ -26,15 +26,16 @@ class FeatureStore:
         self._slots: list[torch.Tensor] = []  # [T], on the host
         self._gathered = 0
 
-    def keep(self, taps: torch.Tensor, slots: torch.Tensor) -> None:
+    def keep(self, taps: torch.Tensor, slots: torch.Tensor, *, soon: bool = False) -> None:
         """Take in one step's rows; those of refused drafts are overwritten by later steps.
 
-        `slots` is on the host, here and below.
+        `slots` is on the host, here and below. `soon`: they will be wanted after this step, so a
+        GPU that is still at it had better be told now.
         """
         self._taps.append(taps)
         self._slots.append(slots)
         self._gathered += len(taps)
-        if self._gathered >= _GATHERED_ROWS:
+        if soon or self._gathered >= _GATHERED_ROWS:
             self._project()
 
     def rows(self, slots: torch.Tensor) -> torch.Tensor:  # [n] -> [n, d]

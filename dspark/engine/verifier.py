@@ -323,7 +323,8 @@ class VerifierEngine:
         )
         out = self.target.forward(batch, self.kv)
         if self._features is not None and out.taps is not None:
-            self._features.keep(out.taps, plan.slots)
+            drafts = any(turn.verified for turn in turns)
+            self._features.keep(out.taps, plan.slots, soon=drafts)
         emitting = [i for i, turn in enumerate(turns) if turn.emits]
         judged = [
             Judged(turns[i].sequence.request, turns[i].sequence.fence(),

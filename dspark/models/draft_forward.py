@@ -23,6 +23,7 @@ from dspark.kernels.attention_plan import AttentionPlan, RowPlan
 from dspark.kernels.cpu import operators
 from dspark.kernels.dispatch import TRITON_TYPES, has_triton
 from dspark.kernels.transfer import to_device
+from dspark.models.captured_context import CapturedContext
 from dspark.models.captured_draw import CapturedDraw
 from dspark.models.drafter import DSparkDrafter
 from dspark.models.fused import FAMILIES, FusedLayers
@@ -45,8 +46,8 @@ class DraftForward(Protocol):
     def write_context(
         self,
         features: torch.Tensor,  # [N, d]
-        positions: torch.Tensor,  # [N]
-        slots: torch.Tensor,  # [N]
+        positions: torch.Tensor,  # [N] on the host
+        slots: torch.Tensor,  # [N] on the host
         kv: PagedKVCache,
     ) -> None:
         """Keys and values of context features to their slots, in every layer."""
@@ -105,6 +106,7 @@ class ModuleDraftForward:
         kv: PagedKVCache,
     ) -> None:
         """See DraftForward."""
+        positions, slots = to_device([positions, slots], features.device)
         for layer, (keys, values) in enumerate(self._drafter.context_kv(features, positions)):
             kv.write(layer, keys.transpose(0, 1), values.transpose(0, 1), slots)
 
@@ -174,7 +176,7 @@ class ModuleDraftForward:
 
 
 class TritonDraftForward(ModuleDraftForward):
-    """The Triton kernels. Blocks of few rows run in padded shapes, captured on a GPU."""
+    """The Triton kernels. What has few rows runs in padded shapes, captured on a GPU."""
 
     def __init__(self, drafter: DSparkDrafter) -> None:
         """Makes views of the drafter's weights."""
@@ -183,9 +185,9 @@ class TritonDraftForward(ModuleDraftForward):
         config = drafter.layers[0].self_attn.config
         self._layers = TritonLayers(config, drafter.layers, drafter.rotary_emb)
         self._eps: float = config.rms_norm_eps
-        self._padded = PaddedSteps(
-            self._run, weight.device, capture=weight.device.type == "cuda", gathers=False
-        )
+        on_cuda = weight.device.type == "cuda"
+        self._context = CapturedContext(self._layers.write_context, weight.device, capture=on_cuda)
+        self._padded = PaddedSteps(self._run, weight.device, capture=on_cuda, gathers=False)
 
     @staticmethod
     def fits(drafter: DSparkDrafter) -> bool:
@@ -203,7 +205,9 @@ class TritonDraftForward(ModuleDraftForward):
         kv: PagedKVCache,
     ) -> None:
         """See DraftForward."""
-        self._layers.write_context(features, positions, slots, kv)
+        if not self._context.run(features, positions, slots, kv):
+            positions, slots = to_device([positions, slots], features.device)
+            self._layers.write_context(features, positions, slots, kv)
 
     def hidden(self, tokens: torch.Tensor, plan: AttentionPlan, kv: PagedKVCache) -> torch.Tensor:
         """See DraftForward."""

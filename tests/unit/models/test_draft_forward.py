@@ -42,10 +42,12 @@ def bf16_drafter(
     return drafter.for_inference(torch.bfloat16)
 
 
-def hidden(forward: DraftForward, window: int, dtype: torch.dtype) -> torch.Tensor:
+def hidden(
+    forward: DraftForward, window: int, dtype: torch.dtype, kv: PagedKVCache | None = None
+) -> torch.Tensor:
     """Blocks after contexts of three lengths."""
     generator = torch.Generator().manual_seed(0)
-    kv = PagedKVCache(13)
+    kv = kv or PagedKVCache(13)
     pages = [np.arange(1 + 4 * s, 5 + 4 * s, dtype=np.int32) for s in range(3)]
     rows = [s for s, length in enumerate(LENGTHS) if length]
     context = plan_attention([pages[s] for s in rows], [0, 0], [LENGTHS[s] for s in rows])
@@ -80,7 +82,7 @@ def test_hidden_states(family: str, window: int, sliding: bool) -> None:
 def test_hidden_states_by_the_triton_kernels(
     family: str, window: int, sliding: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp32 they are those of the modules; the second step of a shape is one of its kind, too."""
+    """In fp32 they are those of the modules."""
     drafter = bf16_drafter(family, **(KINDS[f"{family}, sliding"].drafter if sliding else {}))
     drafter = drafter.float()
     monkeypatch.setenv("DSPARK_KERNELS", "reference")
@@ -88,12 +90,13 @@ def test_hidden_states_by_the_triton_kernels(
     monkeypatch.setenv("DSPARK_KERNELS", "triton")
     if not padded:
         monkeypatch.setattr("dspark.models.graphs.FEW_ROWS", 1)
+        monkeypatch.setattr("dspark.models.captured_context.ROW_BUCKETS", (1,))
     forward = draft_forward(drafter)
     assert isinstance(forward, TritonDraftForward)
-    before = launches["rotate_write_kernel"]
-    for _ in range(2):
+    before, kv = launches["rotate_write_kernel"], PagedKVCache(13)
+    for _ in range(2):  # what is padded wants a cache that is there
         torch.testing.assert_close(
-            hidden(forward, window, torch.float32), exact, atol=1e-4, rtol=1e-4
+            hidden(forward, window, torch.float32, kv), exact, atol=1e-4, rtol=1e-4
         )
     assert launches["rotate_write_kernel"] - before == 2 * 2 * len(drafter.layers)
     assert (exact.roll(1, 0) - exact).abs().mean() > 1e-2
