@@ -3,8 +3,9 @@
     x += Δ;  h = norm(x);  qkv = h W_qkv;  rotate, write;  Δ = attention(qkv) W_o
     x += Δ;  h = norm(x);  Δ = (silu(h W_gate) ⊙ h W_up) W_down
 
-Products are torch's. Matrices that read the same rows are one; the modules' weights become views of
-it, so that the modules can still be run and nothing is held twice.
+Products are torch's, or ours for few rows where that pays. Matrices that read the same rows are
+one; the modules' weights become views of it, so that the modules can still be run and nothing is
+held twice.
 
 Symbols as in dspark.models.target; H query heads, G KV heads, D head width.
 """
@@ -60,6 +61,8 @@ class TritonDecoder:
         if batch_invariant:
             _check_tensor_cores(model.device)
         self._invariant = batch_invariant
+        # the product that the layers use, and that the LM head has to
+        self.linear = _product(model.device, model.dtype, batch_invariant=batch_invariant)
         config, decoder = model.config.get_text_config(), model.get_decoder()
         attention = decoder.layers[0].self_attn
         self._embedding: torch.Tensor = decoder.embed_tokens.weight
@@ -130,15 +133,6 @@ class TritonDecoder:
             return hidden, None
         return hidden, torch.cat([taps[i] for i in tap_layer_ids], dim=-1)
 
-    @property
-    def linear(self) -> Linear:
-        """The product that the layers use, and that the LM head has to."""
-        if not self._invariant:
-            return F.linear
-        from dspark.kernels.triton.linear import linear
-
-        return linear
-
     def _whole(self, delta: torch.Tensor) -> torch.Tensor:
         if self._shard is not None:
             self._shard.add_up(delta)
@@ -151,6 +145,20 @@ class TritonDecoder:
         store = kv.layer(layer)
         assert isinstance(store, TritonStore)  # as fits() has asked
         return store
+
+
+def _product(device: torch.device, dtype: torch.dtype, *, batch_invariant: bool) -> Linear:
+    from dspark.kernels.triton.linear import NARROW_ROWS, linear, narrow_linear, narrow_pays
+
+    if batch_invariant:
+        return linear
+    if not narrow_pays(device, dtype):
+        return F.linear
+
+    def by_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return (narrow_linear if len(x) <= NARROW_ROWS else F.linear)(x, weight, bias)
+
+    return by_rows
 
 
 def _check_tensor_cores(device: torch.device) -> None:
