@@ -32,7 +32,7 @@ from dspark.models.kv_cache import PagedKVCache
 from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
 from dspark.models.sequential_head import MarkovHead
 from dspark.models.target import ATTENTION_NAME, register_attention
-from dspark.models.triton_layers import TritonLayers
+from dspark.models.triton_layers import TritonLayers, product
 
 if TYPE_CHECKING:
     from dspark.kernels.triton.draft_head import DraftHead
@@ -183,7 +183,12 @@ class TritonDraftForward(ModuleDraftForward):
         super().__init__(drafter)
         weight = drafter.norm.weight
         config = drafter.layers[0].self_attn.config
-        self._layers = TritonLayers(config, drafter.layers, drafter.rotary_emb)
+        self._layers = TritonLayers(
+            config,
+            drafter.layers,
+            drafter.rotary_emb,
+            linear=product(weight.device, weight.dtype),
+        )
         self._eps: float = config.rms_norm_eps
         on_cuda = weight.device.type == "cuda"
         self._context = CapturedContext(self._layers.write_context, weight.device, capture=on_cuda)

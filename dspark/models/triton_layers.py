@@ -3,8 +3,9 @@
     x += Δ;  h = norm(x);  qkv = h W_qkv;  rotate, write;  Δ = attention(qkv) W_o
     x += Δ;  h = norm(x);  Δ = (silu(h W_gate) ⊙ h W_up) W_down
 
-Products are torch's. Matrices that read the same rows are one; the modules' weights become views of
-it, so that the modules can still be run and nothing is held twice.
+Products are torch's, or ours for few rows where that pays. Matrices that read the same rows are
+one; the modules' weights become views of it, so that the modules can still be run and nothing is
+held twice.
 
 Symbols as in dspark.models.target; H query heads, G KV heads, D head width.
 """
@@ -168,7 +169,8 @@ class TritonDecoder:
         """
         if batch_invariant:
             _check_tensor_cores(model.device)
-        self._invariant = batch_invariant
+        # the product that the layers use, and that the LM head has to
+        self.linear = product(model.device, model.dtype, batch_invariant=batch_invariant)
         config, decoder = model.config.get_text_config(), model.get_decoder()
         self._embedding: torch.Tensor = decoder.embed_tokens.weight
         self._final_norm: torch.Tensor = decoder.norm.weight
@@ -211,14 +213,20 @@ class TritonDecoder:
             return hidden, None
         return hidden, torch.cat([taps[i] for i in tap_layer_ids], dim=-1)
 
-    @property
-    def linear(self) -> Linear:
-        """The product that the layers use, and that the LM head has to."""
-        if not self._invariant:
-            return F.linear
-        from dspark.kernels.triton.linear import linear
 
+def product(device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False) -> Linear:
+    """The fastest product there is, or the one whose rows do not depend on each other."""
+    from dspark.kernels.triton.linear import NARROW_ROWS, linear, narrow_linear, narrow_pays
+
+    if batch_invariant:
         return linear
+    if not narrow_pays(device, dtype):
+        return F.linear
+
+    def by_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return (narrow_linear if len(x) <= NARROW_ROWS else F.linear)(x, weight, bias)
+
+    return by_rows
 
 
 def _check_tensor_cores(device: torch.device) -> None:

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from dspark.kernels.attention_plan import PAGE_SIZE, TILE_ROWS, AttentionPlan, RowPlan
-from dspark.kernels.triton.launch import INTERPRETED, launch
+from dspark.kernels.triton.launch import INTERPRETED, launch, wait_for_earlier
 from dspark.kernels.triton.launch_configs import AttentionConfig, attention_config
 
 LOG2_E = 1.4426950408889634
@@ -74,7 +74,9 @@ def attend_tiles(
     HAS_SCALES: tl.constexpr,
     WIDE: tl.constexpr,  # products in fp32: the interpreter has no bf16 of its own
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_earlier(EARLY)
     tile = tl.program_id(0)
     group = tl.program_id(1)
     stretch = tl.program_id(2)
@@ -195,7 +197,9 @@ def merge_stretches(
     STRETCH: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_earlier(EARLY)
     member = tl.program_id(2)
     if member >= tl.load(tile_rows + tl.program_id(0)):
         return
@@ -293,13 +297,13 @@ def paged_attention(
             WIDE=INTERPRETED and query.dtype == torch.bfloat16,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=config.warps if short else config.long_warps,
-            num_stages=config.stages if short else config.long_stages,
+            num_stages=config.stages if short else config.long_stages, early=True,
         )  # fmt: skip
         if split:
             launch(
                 merge_stretches, (len(tiles.first), heads, TILE_ROWS),
                 out, partial, lse, tiles.first, tiles.rows, *bounds,
                 nothing if sinks is None else sinks, stretches,
-                **sizes, STRETCH=stretch, num_warps=1,
+                **sizes, STRETCH=stretch, num_warps=1, early=True,
             )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dspark.kernels.triton.launch import launch
+from dspark.kernels.triton.launch import launch, wait_for_earlier
 
 
 @triton.jit
@@ -66,7 +66,9 @@ def rotate_write_kernel(
     WIDTH: tl.constexpr,
     BLOCK_H: tl.constexpr,  # half of the width
     HAS_NORM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)  # of queries, then of keys, then of values
     HALF: tl.constexpr = WIDTH // 2
@@ -147,4 +149,5 @@ def rotate_write(
         qkv, keys, values, slots, cos, sin, query_norm, key_norm, eps,
         HEADS=heads, KV_HEADS=kv_heads, WIDTH=width,
         BLOCK_H=triton.next_power_of_2(width // 2), HAS_NORM=norms is not None, num_warps=1,
+        early=True,
     )  # fmt: skip

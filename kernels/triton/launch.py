@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
+import triton.language as tl
 
 # $TRITON_INTERPRET=1 when Triton is imported: kernels run on the CPU, slowly, for tests.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -20,13 +22,50 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 # once. For tests and for those who ask what serves them.
 launches: Counter[str] = Counter()
 
+EARLY_FROM = 90  # the capability from which a kernel can be started before the last has ended
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **sizes: Any) -> None:
-    """Start `kernel` on the device of its first tensor; a grid of nothing starts nothing."""
+
+@cache
+def capability_of(device: torch.device) -> int:
+    """Such as 90; more than any where kernels are interpreted."""
+    if INTERPRETED or device.type != "cuda":
+        return 1000
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@triton.jit
+def wait_for_earlier(EARLY: tl.constexpr):
+    """The first statement of every kernel that is launched with `early=True`.
+
+    Such a kernel may be started while the one before it still runs. Until this returns it must not
+    read what a kernel may have written, nor write: what is there may still be read. A program with
+    nothing to do waits, too: the next kernel waits for this one alone, so the end of this one has
+    to mean that all before it have ended.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        # From here the next kernel may be started, to wait in its turn: it is once every program
+        # of ours has come here, so that it takes no room from one that has not begun.
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, early: bool = False, **sizes: Any
+) -> None:
+    """Start `kernel` on the device of its first tensor; a grid of nothing starts nothing.
+
+    `early`: before the kernel that it follows has ended (CUDA's programmatic dependent launch), on
+    GPUs that can; EARLY tells the kernel, which has to begin with `wait_for_earlier(EARLY)`.
+    """
     if 0 in grid:
         return
     launches[kernel.__name__] += 1
     first: torch.Tensor = arguments[0]
+    if early:
+        sizes["EARLY"] = not INTERPRETED and capability_of(first.device) >= EARLY_FROM
+        if sizes["EARLY"]:
+            sizes["launch_pdl"] = True
     if INTERPRETED or first.device.type != "cuda":
         kernel[grid](*arguments, **sizes)
         return

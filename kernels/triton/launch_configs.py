@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dspark.kernels.triton.launch import INTERPRETED
+from dspark.kernels.triton.launch import capability_of
 
 _FILE = Path(__file__).with_suffix(".json")
 
@@ -34,7 +34,7 @@ class AttentionConfig:
 
 def attention_config(device: torch.device, width: int) -> AttentionConfig:
     """For heads of `width`."""
-    return config_for("attention", _capability(device), width)
+    return config_for("attention", capability_of(device), width)
 
 
 @cache
@@ -44,12 +44,3 @@ def config_for(kernel: str, capability: int, width: int) -> AttentionConfig:
     older = [name for name in known if int(name) <= capability]
     entries = known[max(older, key=int) if older else min(known, key=int)]
     return AttentionConfig(**entries[min((w for w in entries if int(w) >= width), key=int)])
-
-
-@cache
-def _capability(device: torch.device) -> int:
-    """Such as 90; of the newest that is known where kernels are interpreted."""
-    if INTERPRETED or device.type != "cuda":
-        return 1000
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

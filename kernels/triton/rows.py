@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dspark.kernels.triton.launch import launch
+from dspark.kernels.triton.launch import launch, wait_for_earlier
 
 _WIDE = 2048  # elements of a row from which eight warps share it
 _GATE_BLOCK = 1024
@@ -27,7 +27,9 @@ def add_rms_norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < WIDTH
@@ -49,7 +51,9 @@ def silu_mul_kernel(
     gate_up,  # [T, 2I]
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < WIDTH
@@ -73,7 +77,7 @@ def add_rms_norm(
         add_rms_norm_kernel, (rows,),
         out, residual, residual if delta is None else delta, weight, eps,
         WIDTH=width, BLOCK=triton.next_power_of_2(width), HAS_DELTA=delta is not None,
-        num_warps=8 if width >= _WIDE else 4,
+        num_warps=8 if width >= _WIDE else 4, early=True,
     )  # fmt: skip
     return out
 
@@ -86,6 +90,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:  # [T, 2I] -> [T, I]
     block = min(_GATE_BLOCK, triton.next_power_of_2(width))
     launch(
         silu_mul_kernel, (rows, triton.cdiv(width, block)),
-        out, gate_up, WIDTH=width, BLOCK=block,
+        out, gate_up, WIDTH=width, BLOCK=block, early=True,
     )  # fmt: skip
     return out

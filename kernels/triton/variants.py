@@ -24,6 +24,7 @@ from dspark.kernels.triton import (
     linear,
     rows,
 )
+from dspark.kernels.triton.launch import EARLY_FROM
 from dspark.kernels.triton.launch_configs import config_for
 
 CAPABILITIES = (75, 80, 86, 89, 90)
@@ -108,7 +109,7 @@ def _attention(capability: int) -> Iterator[Variant]:
         },
         {
             "HEADS": 32, "VALUE_WIDTH": 128, "BLOCK_V": 128, "STRETCH": 512,
-            "HAS_FIRST": False, "HAS_SINKS": False,
+            "HAS_FIRST": False, "HAS_SINKS": False, "EARLY": capability >= EARLY_FROM,
         },
         warps=1,
     )  # fmt: skip
@@ -150,6 +151,7 @@ def _attend(
             "PAGE": PAGE_SIZE,
             "HAS_FIRST": everything, "HAS_SINKS": everything, "HAS_SOFTCAP": everything,
             "HAS_SCALES": scales, "WIDE": False, "PRECISION": "tf32",
+            "EARLY": capability >= EARLY_FROM,
         },
         warps=config.long_warps if long else config.warps,
         stages=config.long_stages if long else config.stages,
@@ -159,7 +161,7 @@ def _attend(
 
 
 def _rows(capability: int) -> Iterator[Variant]:
-    del capability
+    early: dict[str, Value] = {"EARLY": capability >= EARLY_FROM}
     yield Variant(
         "write_kernel bf16 128",
         cache_write.write_kernel,
@@ -185,7 +187,7 @@ def _rows(capability: int) -> Iterator[Variant]:
             },
             {
                 "HEADS": heads.heads, "KV_HEADS": heads.kv_heads, "WIDTH": heads.width,
-                "BLOCK_H": heads.width // 2, "HAS_NORM": heads.width == 128,
+                "BLOCK_H": heads.width // 2, "HAS_NORM": heads.width == 128, **early,
             },
             warps=1,
         )  # fmt: skip
@@ -196,23 +198,23 @@ def _rows(capability: int) -> Iterator[Variant]:
             "out": "*bf16", "residual": "*bf16", "delta": "*bf16", "weight": "*bf16",
             "eps": "fp32",
         },
-        {"WIDTH": 4096, "BLOCK": 4096, "HAS_DELTA": True},
+        {"WIDTH": 4096, "BLOCK": 4096, "HAS_DELTA": True, **early},
         warps=8,
     )  # fmt: skip
     yield Variant(
         "silu_mul_kernel bf16 12288",
         rows.silu_mul_kernel,
         {"out": "*bf16", "gate_up": "*bf16"},
-        {"WIDTH": 12_288, "BLOCK": 1024},
+        {"WIDTH": 12_288, "BLOCK": 1024, **early},
     )
 
 
 def _linear(capability: int) -> Iterator[Variant]:
-    del capability
+    types = {"out": "*bf16", "x": "*bf16", "weight": "*bf16", "bias": "*bf16", "rows": "i32"}
     yield Variant(
         "linear_kernel bf16 4096 × 6144",
         linear.linear_kernel,
-        {"out": "*bf16", "x": "*bf16", "weight": "*bf16", "bias": "*bf16", "rows": "i32"},
+        types,
         {
             "OUTPUTS": 6144, "INPUTS": 4096, "BLOCK_T": linear.BLOCK_T, "BLOCK_N": linear.BLOCK_N,
             "BLOCK_K": linear.BLOCK_K, "HAS_BIAS": False, "WIDE": False, "PRECISION": "tf32",
@@ -221,6 +223,22 @@ def _linear(capability: int) -> Iterator[Variant]:
         stages=linear.STAGES,
         least_capability=linear.LEAST_CAPABILITY,
     )  # fmt: skip
+    for inputs, outputs in ((4096, 6144), (576, 960)):  # the latter with masks
+        yield Variant(
+            f"narrow_kernel bf16 {inputs} × {outputs}",
+            linear.narrow_kernel,
+            types,
+            {
+                "OUTPUTS": outputs, "INPUTS": inputs, "BLOCK_T": linear.NARROW_ROWS,
+                "BLOCK_N": linear.NARROW_N, "BLOCK_K": linear.NARROW_K,
+                "EVEN": outputs % linear.NARROW_N == 0 and inputs % linear.NARROW_K == 0,
+                "HAS_BIAS": False, "WIDE": False, "PRECISION": "tf32",
+                "EARLY": capability >= EARLY_FROM,
+            },
+            warps=linear.NARROW_WARPS,
+            stages=linear.NARROW_STAGES[2],
+            least_capability=linear.LEAST_CAPABILITY,
+        )  # fmt: skip
 
 
 def _drafting(capability: int) -> Iterator[Variant]:

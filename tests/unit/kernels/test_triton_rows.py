@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 from dspark.kernels.triton.cache_write import rotate_write
-from dspark.kernels.triton.linear import linear
+from dspark.kernels.triton.linear import NARROW_ROWS, linear, narrow_linear
 from dspark.kernels.triton.rows import add_rms_norm, silu_mul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,3 +116,26 @@ def test_products_and_that_rows_do_not_depend_on_others(
     want = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     check(got, want, dtype)
     assert torch.equal(linear(x[-1:], weight, bias), got[-1:])
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, NARROW_ROWS), st.sampled_from([(16, 8), (128, 64), (130, 33), (256, 100)]),
+    types, st.booleans(), seeds,
+)  # fmt: skip
+def test_products_of_few_rows_and_that_their_number_does_not_matter(
+    rows: int, shape: tuple[int, int], dtype: torch.dtype, biased: bool, seed: int
+) -> None:
+    inputs, outputs = shape
+    x = normal(seed, NARROW_ROWS, inputs, dtype=dtype)
+    weight = normal(seed + 1, outputs, inputs, dtype=dtype) / inputs**0.5
+    bias = normal(seed + 2, outputs, dtype=dtype) if biased else None
+    got = narrow_linear(x[:rows], weight, bias)
+    want = F.linear(x[:rows].float(), weight.float(), None if bias is None else bias.float())
+    check(got, want, dtype)
+    assert torch.equal(got, narrow_linear(x, weight, bias)[:rows])
+    assert torch.equal(got[-1:], narrow_linear(x[rows - 1 : rows], weight, bias))
+
+
+def test_a_product_of_no_rows() -> None:
+    assert narrow_linear(normal(0, 0, 16), normal(1, 8, 16)).shape == (0, 8)

@@ -15,6 +15,7 @@ from dspark.models.target import TargetModel
 
 pytest.importorskip("triton")
 from dspark.kernels.triton.launch import launches
+from dspark.kernels.triton.linear import narrow_pays
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -53,6 +54,7 @@ def test_the_loop_says_what_the_modules_say(
     assert launches["attend_tiles"] >= len(STEPS) * layers
     assert launches["rotate_write_kernel"] == len(STEPS) * layers
     assert launches["add_rms_norm_kernel"] == len(STEPS) * (2 * layers + 1)
+    assert bool(launches["narrow_kernel"]) == narrow_pays(ours.device, ours.dtype)
     assert type(a.kv.layer(0)) is RowStore
     assert type(b.kv.layer(0)) is TritonStore
 
