@@ -1,8 +1,8 @@
 """Adaptive against fixed lengths and no drafting, with the drafter behind gRPC.
 
 What `dspark bench` measures, in turns of a second under an unbroken load, but with the drafter
-in a process of its own. Verifier and drafter share this machine's cores, so a block costs the
-steps beside it more than it would on machines of their own.
+in a process of its own. Verifier and drafter share this machine's cores, or its GPU, so a block
+costs the steps beside it more than it would on machines of their own.
 
     python benchmarks/remote_draft.py --concurrency 1,2,4,8,16,32 --rounds 20 --fixed 1,2
 """
@@ -49,14 +49,16 @@ def main() -> None:
     parser.add_argument("--fixed", default="1,2", help="lengths to compare; 0: whole blocks")
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--drafter", default="")
+    parser.add_argument("--device", default="cpu", help="of both; cuda: they share one GPU")
     parser.add_argument("--output", type=Path, help="JSON with machine, commit and versions")
     options = parser.parse_args()
     levels = [int(part) for part in options.concurrency.split(",")]
-    model = ModelConfig(options.target, options.drafter)
+    model = ModelConfig(options.target, options.drafter, device=options.device)
     with draft_service(model) as address, event_loop() as loop:
         llm = LLM(
             options.target,
             options.drafter,
+            device=options.device,
             engine=EngineConfig(max_requests=max(levels)),
             make_link=lambda loaded: connect(loop, address, loaded),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from functools import cache
@@ -23,6 +24,9 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 launches: Counter[str] = Counter()
 
 EARLY_FROM = 90  # the capability from which a kernel can be started before the last has ended
+# Asking costs a program some time, also when there is nothing to wait for: more programs than run
+# at once pay for it again and again. On an H100 a step of 256 rows took 13 % longer.
+_EARLY_PROGRAMS = 2560
 
 
 @cache
@@ -56,14 +60,16 @@ def launch(
     """Start `kernel` on the device of its first tensor; a grid of nothing starts nothing.
 
     `early`: before the kernel that it follows has ended (CUDA's programmatic dependent launch), on
-    GPUs that can; EARLY tells the kernel, which has to begin with `wait_for_earlier(EARLY)`.
+    GPUs that can and if it is small; EARLY tells the kernel, which has to begin with
+    `wait_for_earlier(EARLY)`.
     """
     if 0 in grid:
         return
     launches[kernel.__name__] += 1
     first: torch.Tensor = arguments[0]
     if early:
-        sizes["EARLY"] = not INTERPRETED and capability_of(first.device) >= EARLY_FROM
+        able = not INTERPRETED and capability_of(first.device) >= EARLY_FROM
+        sizes["EARLY"] = able and math.prod(grid) <= _EARLY_PROGRAMS
         if sizes["EARLY"]:
             sizes["launch_pdl"] = True
     if INTERPRETED or first.device.type != "cuda":
