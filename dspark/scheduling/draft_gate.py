@@ -35,6 +35,7 @@ _GRAIN = 16  # prompt tokens that capacities are told apart by
 _EXPLORE = 64  # rounds at least between those that are run to learn of other lengths, or of none
 _EXPLORE_SHARE = 0.003  # of the time, spent on each of the two at most
 _NONE_ROUNDS = 4  # without drafts in a row: the first is not like others
+_FIRST_LOOK = 6  # rounds before the first of those at a load where none have been timed
 _PROBE_ROUNDS = 3  # in a row, so that what only the first of them suffers from does not count
 _PROBE_WIDTH = 4  # requests that a probe drafts for where it cannot be close
 _CLOSE_CALL = 0.9  # gain; what is below is not put down to a mistake about times
@@ -219,11 +220,13 @@ class DraftGate:
         self._since_none += 1
         self._since_other += 1
         none_from = _EXPLORE  # what the first rounds of a load say of none is the table's word
-        if self._times.compares(self._requests):
+        if not self._times.knows_plain(self._requests):
+            none_from = _FIRST_LOOK
+        elif self._times.compares(self._requests):
             none_from = _apart(_NONE_ROUNDS * (1.0 - 1.0 / gain))
         if self._since_none > none_from:
             if self._since_none >= none_from + _NONE_ROUNDS:
-                self._since_none = 0
+                self._since_none, self._age = 0, _EVERY  # to be judged by what they showed
             return 0
         sizes = lengths(most)
         # Only whole blocks say what later positions are worth.

@@ -12,7 +12,8 @@ meet within a few steps, by holding the rarer against the other; while one kind 
 is nothing to learn, and what it might seem to teach would be noise that adds up.
 
 A load that has not been seen is judged by its neighbours: in between on the line between them,
-beyond in proportion. A larger load is so thought worse than it may be, and a smaller one better.
+beyond in proportion. A larger load is so thought worse for drafting than it may be, and a smaller
+one better.
 
 Steps that prompts take part in say little of others, since the table knows no prompts: they count
 as so many more rows. Where there are no other steps, as many short answers bring it about, the
@@ -127,6 +128,10 @@ class _Load:
         return self.widening_with_prompts.usual
 
     @property
+    def usual_plain_ms(self) -> float | None:
+        return self.plain_ms.usual if len(self.plain_ms) >= _LEAST else None
+
+    @property
     def drafting_known(self) -> bool:
         return any(len(times) >= _LEAST for times in self.draft_ms.values())
 
@@ -142,7 +147,7 @@ class _Load:
         }
         if not known or size in known:
             return known.get(size)
-        plain = self.plain_ms.usual or 0.0
+        plain = self.usual_plain_ms or 0.0
         sizes = sorted(known)
         nothing = plain + _FIXED_SHARE * max(0.0, known[sizes[0]] - plain)
         return float(np.interp(size, [0, *sizes], [nothing, *(known[s] for s in sizes)]))
@@ -239,6 +244,10 @@ class RoundTimes:
         """Whether they have been at this load."""
         return self._at(requests).drafting_known
 
+    def knows_plain(self, requests: int) -> bool:
+        """Whether rounds without have been, at this load."""
+        return self._at(requests).usual_plain_ms is not None
+
     def compares(self, requests: int) -> bool:
         """Whether steps with drafts have been held against those without at this load."""
         return self._at(requests).usual_widening is not None
@@ -250,7 +259,9 @@ class RoundTimes:
 
     def plain_ms(self, requests: int) -> float:
         """A round without drafting."""
-        beside = self._of(requests, lambda load: load.plain_ms.usual)
+        # Beyond what is known not in proportion: much of it is the same for one request and for
+        # many, and rounds without drafts that are thought dear make drafting look cheap.
+        beside = self._of(requests, lambda load: load.usual_plain_ms, grows=False)
         return self.step_ms(requests, requests) + beside * self._slow
 
     def draft_ms(self, requests: int, size: int, *, waits: bool = True) -> float:
@@ -342,8 +353,13 @@ class RoundTimes:
         known = self._known(value)
         return known[min(known, key=lambda r: abs(r - requests))] if known else default
 
-    def _of(self, requests: int, time_ms: Callable[[_Load], float | None]) -> float:
-        """A time at this load, or what its neighbours make of it; 0 where no load knows."""
+    def _of(
+        self, requests: int, time_ms: Callable[[_Load], float | None], *, grows: bool = True
+    ) -> float:
+        """A time at this load, or what its neighbours make of it; 0 where no load knows.
+
+        `grows`: with requests, beyond the largest load that knows.
+        """
         own = time_ms(self._at(requests))
         if own is not None:
             return own
@@ -353,7 +369,7 @@ class RoundTimes:
         loads = sorted(known)
         nearest = min(max(requests, loads[0]), loads[-1])
         within = float(np.interp(nearest, loads, [known[r] for r in loads]))
-        return within * requests / nearest
+        return within * (requests if grows else min(requests, nearest)) / nearest
 
     def _known(self, value: Callable[[_Load], float | None]) -> dict[int, float]:
         """By the largest number of requests of a load."""

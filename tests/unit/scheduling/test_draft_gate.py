@@ -179,9 +179,29 @@ def test_a_load_that_was_never_seen_is_judged_by_its_neighbours() -> None:
     assert verifier.rounds(BAD, 16, requests=16) == 0, "what cannot pay must not be tried"
 
 
+def test_plain_rounds_are_not_thought_dear_for_what_few_requests_saw() -> None:
+    """As when many users come at once: the first rounds, of few, have much to do beside the step."""
+    times = RoundTimes(TABLE)
+    for _ in range(5):
+        times.record(requests=1, tokens=1, drafted=0, step_ms=1.0, round_ms=11.0)
+        times.record(requests=1, tokens=3, drafted=7, step_ms=1.5, round_ms=11.5)
+    assert times.plain_ms(16) <= times.step_ms(16, 16) + 10.0 * (1.0 + 1e-6)
+
+
+def test_rounds_without_are_looked_at_soon_at_a_new_load() -> None:
+    """They are half of what is compared, and were a guess until then."""
+    verifier = Verifier()
+    for requests in (1, 4, 16):
+        assert verifier.rounds(GOOD, 16, requests) <= 12
+        assert verifier.times.knows_plain(requests)
+        assert verifier.rounds(GOOD, 50, requests) >= 49  # and not again
+
+
 def test_pauses_at_one_load_outlast_a_stay_at_another() -> None:
     verifier = Verifier(draft_ms=20.0)
     verifier.rounds(BAD, 2000, requests=16)
+    verifier.draft_ms = 0.5
+    verifier.rounds(GOOD, 20, requests=1)  # with its first look at rounds without
     spent = 0
     for _ in range(20):
         verifier.draft_ms = 0.5
@@ -210,7 +230,8 @@ def test_one_slow_round_changes_nothing() -> None:
 @pytest.mark.parametrize("slower", [0.5, 1.0, 3.0])
 def test_times_follow_what_is_measured(slower: float) -> None:
     times, wide_ms = RoundTimes(TABLE), slower * TABLE.ms(4, 6, 0)
-    times.record(requests=4, tokens=4, drafted=0, step_ms=7.0, round_ms=7.2)
+    for _ in range(3):  # fewer are no measurement
+        times.record(requests=4, tokens=4, drafted=0, step_ms=7.0, round_ms=7.2)
     for _ in range(15):
         times.record(
             requests=4,
@@ -377,7 +398,7 @@ def test_a_table_that_is_wrong_about_plain_steps_is_found_out_soon(
     fair = np.array([0.3, 0.12, 0.04, 0.016], dtype=np.float32)
     wrong = flat_table((1, 32), (1, 5), ((30.0, 30.0), (60.0, 170.0)))
     verifier = Verifier(draft_ms=4.0, believed=wrong, prefill=prefill)
-    assert verifier.rounds(fair, 64) == 64
+    assert verifier.rounds(fair, 6) == 6
     assert verifier.gate.gain(1, MOST) > 1.05
     assert verifier.rounds(fair, 64) < 64
     assert verifier.gate.gain(1, MOST) < bound
