@@ -180,7 +180,7 @@ def test_a_load_that_was_never_seen_is_judged_by_its_neighbours() -> None:
 
 
 def test_plain_rounds_are_not_thought_dear_for_what_few_requests_saw() -> None:
-    """As when many users come at once: the first rounds, of few, have much to do beside the step."""
+    """As when many users come at once: the first rounds, of few, do much beside their step."""
     times = RoundTimes(TABLE)
     for _ in range(5):
         times.record(requests=1, tokens=1, drafted=0, step_ms=1.0, round_ms=11.0)
