@@ -331,7 +331,9 @@ class VerifierEngine:
                    turns[i].sequence.proposal, turns[i].verified)
             for i in emitting
         ]  # fmt: skip
-        return dict(zip(emitting, judge(out.logits, judged), strict=True))
+        verdicts = judge(out.logits, judged)
+        self.target.check()
+        return dict(zip(emitting, verdicts, strict=True))
 
     def _commit(self, turn: _Turn, verdict: Verdict) -> VerificationResult:
         sequence, proposal = turn.sequence, turn.sequence.proposal

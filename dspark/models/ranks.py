@@ -99,7 +99,15 @@ class Ranks:
         """Rank 0's own part, once all are ready; UnavailableError if one could not start."""
         for process in self._processes:
             process.await_ready()
-        return join(f"{self._folder}/store", 0, self.size, torch.device(self._device))
+        shard = join(f"{self._folder}/store", 0, self.size, torch.device(self._device))
+        # On a thread of its own, since it may take long, and others want to be told.
+        self._loss.on(lambda _: threading.Thread(target=shard.let_go, daemon=True).start())
+        return shard
+
+    def check(self) -> None:
+        """UnavailableError if a rank is lost."""
+        if self._loss.error is not None:
+            raise self._loss.error
 
     @property
     def pids(self) -> list[int]:
@@ -141,8 +149,7 @@ class Ranks:
 
     @contextmanager
     def _running(self, content: bytes) -> Iterator[None]:
-        if self._loss.error is not None:
-            raise self._loss.error
+        self.check()
         try:
             for process in self._processes:
                 process.send(content)
@@ -274,7 +281,9 @@ def join(store: str, rank: int, size: int, device: torch.device) -> Shard:
     def add_up(tensor: torch.Tensor) -> None:
         group.allreduce([tensor]).wait()
 
-    return Shard(rank, size, add_up)
+    # Kernels of NCCL wait on the device, where nobody sees it, until its watchdog takes the whole
+    # process down. A sum of gloo's fails by itself when a connection closes.
+    return Shard(rank, size, add_up, group.abort if device.type == "cuda" else lambda: None)
 
 
 def _end(loss: _Loss, processes: Sequence[RankProcess], folder: str) -> None:

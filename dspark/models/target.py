@@ -191,6 +191,15 @@ class TargetModel:
         if self._ranks is not None:
             self._ranks.on_lost(tell)
 
+    def check(self) -> None:
+        """UnavailableError if such a process is lost.
+
+        On a GPU a forward returns before its sums are done, and those that wait for the lost are
+        let go: what a step says counts if this passes once it has arrived on the host.
+        """
+        if self._ranks is not None:
+            self._ranks.check()
+
     def close(self) -> None:
         """End the processes that have other parts of it, if any."""
         if self._ranks is not None:

@@ -18,8 +18,9 @@ from helpers.tiny import TAPS, hf_model, run, tiny_drafter, tiny_engine
 
 from dspark.engine.runner import EngineRunner
 from dspark.errors import UnavailableError
-from dspark.models.ranks import RankProcess, RankTask
-from dspark.models.target import TargetModel
+from dspark.models.kv_cache import PagedKVCache
+from dspark.models.ranks import RankProcess, RankTask, _Loss
+from dspark.models.target import TargetBatch, TargetModel, TargetOutput
 from dspark.types import Request, SamplingParams
 
 WAIT_S = 60.0  # until a test gives up; never the time that it takes
@@ -77,6 +78,24 @@ def test_drafting_over_a_split_target_changes_nothing(
     assert drafted.tokens == plain.tokens
     assert drafted.drafted > 0
     assert drafted.accepted > 0
+
+
+def test_what_a_step_says_does_not_count_once_a_rank_is_lost(
+    split: TargetModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, engine, forward = _Loss(), tiny_engine(split), split.forward
+    assert split._ranks is not None
+    monkeypatch.setattr(split._ranks, "_loss", loss)  # that of the tests below is another
+
+    def lose(batch: TargetBatch, kv: PagedKVCache) -> TargetOutput:
+        out = forward(batch, kv)  # as on a GPU, where it returns before its sums are done
+        loss.tell(UnavailableError("rank 1 is lost"))
+        return out
+
+    engine.add(REQUESTS[0])
+    monkeypatch.setattr(split, "forward", lose)
+    with pytest.raises(UnavailableError, match="rank 1 is lost"):
+        engine.step()
 
 
 def test_a_rank_ends_with_rank_0_even_if_that_is_killed(folder: Path) -> None:
