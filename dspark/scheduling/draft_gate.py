@@ -4,7 +4,8 @@ Algorithm 1 sees the block when it has been paid for, and can only trim. Under a
 of a block is worth verifying, the drafting itself is the loss. The gate asks what rounds with
 blocks like the latest ones would bring at the load at hand, drafting included, for each length that
 it might ask for, and compares with rounds without. What it knows of blocks holds at every load;
-what it knows of times, it learns by load, and guesses a load that it has not seen from others.
+what it knows of times, it learns by load, and guesses a load that it has not seen from others. Such
+a guess is soon put to the test, both ways.
 
 While it is closed, a few rounds in a row are drafted now and then, since texts change and machines
 do: the first rounds after a start are often slow. Pauses grow until the time that this takes is a
@@ -43,6 +44,7 @@ _WIDE_SHARE = 0.002  # of the time, spent on drafting for all where it looks hop
 _UNMEASURED_PROBES = 2  # before drafting for all is timed at a load, however bad it looks
 _PROBE_SHARE = 0.004  # of the time, spent on probing in the long run
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 2048  # rounds
+_SHORT_PAUSE = 4  # at a load where drafting may pay and has not been timed
 _PAUSE_GROWTH = 4  # a start is over after few probes, and what loses then mostly goes on losing
 _LEAST_GAIN = 1.0
 # Gain over verifying whole blocks, from which they are trimmed: more than times may be wrong by.
@@ -81,6 +83,7 @@ class DraftGate:
         self._size = 0  # that pays best; 0: none pays
         self._best = 0  # that loses least
         self._gains: dict[int, float] = {}  # by lengths, of the last estimate
+        self._hope = 0.0  # the most, were drafting as cheap as at smaller loads
         self._requests = 0  # of the last estimate
         self._rounds = 0  # since the start
         self._age = 0  # rounds since the last estimate
@@ -199,7 +202,8 @@ class DraftGate:
         """The next pause, and the probe after it."""
         known = self._times.knows_drafting(requests)
         cost = self._times.draft_ms(requests, most) / self._times.plain_ms(requests)
-        hopeless = self._gain < _CLOSE_CALL and (known or closed.probes < _UNMEASURED_PROBES)
+        gain = self._gain if known else self._hope
+        hopeless = gain < _CLOSE_CALL and (known or closed.probes < _UNMEASURED_PROBES)
         # What a few blocks do not show is what rounds with blocks for all take. That may have been
         # measured at an odd moment, or have been so then.
         overdue = known and closed.since_wide > _PROBE_ROUNDS * cost / _WIDE_SHARE
@@ -209,6 +213,8 @@ class DraftGate:
         else:
             closed.since_wide = 0
         closed.rest, closed.first = closed.pause, True
+        if not (known or closed.narrow):
+            closed.rest = _SHORT_PAUSE
         closed.probe = _PROBE_ROUNDS + (not known)  # times leave the first out
         closed.probes += 1
         enough = int(max(_PROBE_ROUNDS * cost / _PROBE_SHARE, _FIRST_PAUSE))
@@ -239,6 +245,10 @@ class DraftGate:
 
     def _estimate(self, requests: int, most: int, latency_ms: float, search: Search) -> None:
         gains = {size: self.gain(requests, size, latency_ms, search) for size in lengths(most)}
+        if not self._times.knows_drafting(requests):
+            self._hope = max(
+                self.gain(requests, size, latency_ms, search, grows=False) for size in gains
+            )
         best = max(gains, key=lambda size: gains[size])
         if gains.get(self._size, 0.0) * _BETTER > gains[best]:
             best = self._size
@@ -246,14 +256,22 @@ class DraftGate:
         self._size = best if gains[best] > (_CLOSE_BELOW if self._size else _LEAST_GAIN) else 0
 
     def gain(
-        self, requests: int, size: int, latency_ms: float = 0.0, search: Search = "global"
+        self,
+        requests: int,
+        size: int,
+        latency_ms: float = 0.0,
+        search: Search = "global",
+        *,
+        grows: bool = True,
     ) -> float:
         """Expected tokens a second with blocks of `size` tokens, over those without.
+
+        `grows`: what drafting takes, with the load, beyond the largest where it is known.
 
         Draft tokens are admitted by survival, as Algorithm 1 does, from all remembered blocks as
         one: that is what many requests do on the average.
         """
-        tokens, committed, took_ms = self._rounds_of(requests, size)
+        tokens, committed, took_ms = self._rounds_of(requests, size, grows=grows)
         best = self._best_count(committed / took_ms, search)
         least_ms = float(took_ms[best])
         if latency_ms:
@@ -290,7 +308,7 @@ class DraftGate:
         return best_count(throughput, search)
 
     def _rounds_of(
-        self, requests: int, size: int, extra_tokens: int = 0
+        self, requests: int, size: int, extra_tokens: int = 0, *, grows: bool = True
     ) -> tuple[DoubleArray, DoubleArray, DoubleArray]:
         """Target tokens, tokens committed and ms of rounds, by draft tokens that are admitted.
 
@@ -303,7 +321,7 @@ class DraftGate:
         tokens = requests * (1.0 + np.arange(len(survivals) + 1) / len(blocks)) + extra_tokens
         accepted = np.concatenate([[0.0], np.cumsum(survivals)]) / len(blocks)
         committed = requests * (1.0 + accepted * (self._accepted / self._promised))
-        return tokens, committed, self._times.round_ms(requests, tokens, size)
+        return tokens, committed, self._times.round_ms(requests, tokens, size, grows=grows)
 
 
 def _apart(cost: float) -> int:

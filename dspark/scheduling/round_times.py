@@ -264,19 +264,30 @@ class RoundTimes:
         beside = self._of(requests, lambda load: load.usual_plain_ms, grows=False)
         return self.step_ms(requests, requests) + beside * self._slow
 
-    def draft_ms(self, requests: int, size: int, *, waits: bool = True) -> float:
-        """What drafting blocks of `size`, and all else beside the step, take of a round."""
-        beside = self._of(requests, lambda load: load.usual_draft_ms(size))
-        wait = self._of(requests, lambda load: load.wait_ms.usual) if waits else 0.0
+    def draft_ms(
+        self, requests: int, size: int, *, waits: bool = True, grows: bool = True
+    ) -> float:
+        """What drafting blocks of `size`, and all else beside the step, take of a round.
+
+        `grows`: in proportion, beyond what is known; else it is thought the same for any load.
+        """
+        beside = self._of(requests, lambda load: load.usual_draft_ms(size), grows=grows)
+        wait = self._of(requests, lambda load: load.wait_ms.usual, grows=grows) if waits else 0.0
         return (beside + wait) * self._slow
 
     def round_ms(
-        self, requests: int, tokens: DoubleArray, size: int, *, waits: bool = True
+        self,
+        requests: int,
+        tokens: DoubleArray,
+        size: int,
+        *,
+        waits: bool = True,
+        grows: bool = True,
     ) -> DoubleArray:
         """Rounds with blocks of `size`, by the target tokens in their step."""
         correction, rows = self._correction(requests), tokens / max(1, requests)
         steps_ms = self._now.times_ms(requests, tokens) * correction.line(rows)
-        return steps_ms * self._slow + self.draft_ms(requests, size, waits=waits)
+        return steps_ms * self._slow + self.draft_ms(requests, size, waits=waits, grows=grows)
 
     def rounds_ms(
         self, requests: int, least: int, most: int, size: int, *, waits: bool = True
