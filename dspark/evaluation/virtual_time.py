@@ -140,6 +140,9 @@ class _Target:
         logits = torch.nn.functional.one_hot(following, _VOCABULARY).float()
         return TargetOutput(logits, torch.zeros(len(batch.token_ids), 1))
 
+    def check(self) -> None:
+        """It has no parts elsewhere."""
+
 
 class _Drafter:
     """A Drafter (dspark.engine.drafting)."""
