@@ -44,7 +44,7 @@ _WIDE_SHARE = 0.002  # of the time, spent on drafting for all where it looks hop
 _UNMEASURED_PROBES = 2  # before drafting for all is timed at a load, however bad it looks
 _PROBE_SHARE = 0.004  # of the time, spent on probing in the long run
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 2048  # rounds
-_SHORT_PAUSE = 4  # at a load where drafting may pay and has not been timed
+_SHORT_PAUSE = 4  # the first at a load where drafting may pay and has not been timed
 _PAUSE_GROWTH = 4  # a start is over after few probes, and what loses then mostly goes on losing
 _LEAST_GAIN = 1.0
 # Gain over verifying whole blocks, from which they are trimmed: more than times may be wrong by.
@@ -202,8 +202,9 @@ class DraftGate:
         """The next pause, and the probe after it."""
         known = self._times.knows_drafting(requests)
         cost = self._times.draft_ms(requests, most) / self._times.plain_ms(requests)
-        gain = self._gain if known else self._hope
-        hopeless = gain < _CLOSE_CALL and (known or closed.probes < _UNMEASURED_PROBES)
+        hopeless = self._gain < _CLOSE_CALL and (known or closed.probes < _UNMEASURED_PROBES)
+        if hopeful := self._hope > _LEAST_GAIN and not (known or closed.probes):
+            hopeless = False
         # What a few blocks do not show is what rounds with blocks for all take. That may have been
         # measured at an odd moment, or have been so then.
         overdue = known and closed.since_wide > _PROBE_ROUNDS * cost / _WIDE_SHARE
@@ -213,7 +214,7 @@ class DraftGate:
         else:
             closed.since_wide = 0
         closed.rest, closed.first = closed.pause, True
-        if not (known or closed.narrow):
+        if hopeful:
             closed.rest = _SHORT_PAUSE
         closed.probe = _PROBE_ROUNDS + (not known)  # times leave the first out
         closed.probes += 1

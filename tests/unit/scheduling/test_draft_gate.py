@@ -197,6 +197,16 @@ def test_rounds_without_are_looked_at_soon_at_a_new_load() -> None:
         assert verifier.rounds(GOOD, 50, requests) >= 49  # and not again
 
 
+def test_drafting_is_timed_soon_where_it_pays_if_it_takes_no_longer() -> None:
+    """As on a GPU, which drafts for sixteen in the time that it takes for one."""
+    verifier = Verifier(draft_ms=8.0)
+    verifier.rounds(GOOD, 100, requests=1)
+    assert verifier.gate.gain(16, MOST) < 0.9 < 1.0 < verifier.gate.gain(16, MOST, grows=False)
+    verifier.rounds(GOOD, 12, requests=16)
+    assert verifier.widths == {16: 4}
+    assert verifier.times.knows_drafting(16)
+
+
 def test_pauses_at_one_load_outlast_a_stay_at_another() -> None:
     verifier = Verifier(draft_ms=20.0)
     verifier.rounds(BAD, 2000, requests=16)
