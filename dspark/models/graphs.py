@@ -46,6 +46,9 @@ ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _MOST_GATHERED = 1 << 16
 _MOST_KEYS = 1 << 22
 _MOST_GRAPHS = 64  # of one cache; the least recently used goes
+# Pages that kernels are told of at least, where they gather nothing: 512 keys are one program's,
+# and every width is a graph more to capture while others wait.
+_LEAST_WIDTH = 32
 
 Shape = tuple[int, int]  # T, W
 Kind = tuple[int, int, int | None]  # T, W, and the plan's window
@@ -59,13 +62,13 @@ def bucket(plan: AttentionPlan, *, gathers: bool = True) -> Shape | None:
     rows, width = len(plan.reach), plan.tables.shape[1]
     if max(plan.row_counts) > FEW_ROWS or rows > ROW_BUCKETS[-1]:
         return None
-    rows, width = next(size for size in ROW_BUCKETS if size >= rows), _padded_width(width)
+    rows, width = next(size for size in ROW_BUCKETS if size >= rows), _padded_width(width, gathers)
     return (rows, width) if rows * width * PAGE_SIZE <= _most_keys(gathers) else None
 
 
 def padded_rows(width: int, *, gathers: bool = True) -> tuple[int, ...]:
     """The sizes that rows are padded to where the longest sequence has `width` pages."""
-    most = _most_keys(gathers) // (_padded_width(width) * PAGE_SIZE)
+    most = _most_keys(gathers) // (_padded_width(width, gathers) * PAGE_SIZE)
     return tuple(rows for rows in ROW_BUCKETS if rows <= most)
 
 
@@ -73,8 +76,8 @@ def _most_keys(gathers: bool) -> int:
     return _MOST_GATHERED if gathers else _MOST_KEYS
 
 
-def _padded_width(width: int) -> int:
-    return 1 << (width - 1).bit_length()
+def _padded_width(width: int, gathers: bool) -> int:
+    return max(1 if gathers else _LEAST_WIDTH, 1 << (width - 1).bit_length())
 
 
 class PaddedSteps:

@@ -81,6 +81,7 @@ class DraftGate:
         self._usual = np.ones(0, dtype=np.float32)  # chance of each position, given the one before
         self._promised = self._accepted = _PRIOR  # of draft tokens that were verified
         self._size = 0  # that pays best; 0: none pays
+        self._guessed = False  # what rounds with such blocks take
         self._best = 0  # that loses least
         self._gains: dict[int, float] = {}  # by lengths, of the last estimate
         self._hope = 0.0  # the most, were drafting as cheap as at smaller loads
@@ -177,8 +178,9 @@ class DraftGate:
         load = load_of(requests)
         closed = self._closed[load]
         learns = self._size or not (closed.rest or closed.probe)
+        timed = self._guessed and self._times.knows_length(requests, self._size)
         elsewhere = not self._gains or load != load_of(self._requests)  # than the last estimate
-        estimates = (learns and self._age >= _EVERY) or elsewhere
+        estimates = (learns and self._age >= _EVERY) or timed or elsewhere
         if estimates:
             self._requests, self._age = requests, 0
             self._estimate(requests, most, latency_ms, search)
@@ -255,6 +257,7 @@ class DraftGate:
             best = self._size
         self._best, self._gains = best, gains
         self._size = best if gains[best] > (_CLOSE_BELOW if self._size else _LEAST_GAIN) else 0
+        self._guessed = self._size > 0 and not self._times.knows_length(requests, self._size)
 
     def gain(
         self,

@@ -244,6 +244,10 @@ class RoundTimes:
         """Whether they have been at this load."""
         return self._at(requests).drafting_known
 
+    def knows_length(self, requests: int, size: int) -> bool:
+        """Whether rounds with blocks of `size` have been, at this load."""
+        return len(self._at(requests).draft_ms.get(size, ())) >= _LEAST
+
     def knows_plain(self, requests: int) -> bool:
         """Whether rounds without have been, at this load."""
         return self._at(requests).usual_plain_ms is not None

@@ -207,6 +207,18 @@ def test_drafting_is_timed_soon_where_it_pays_if_it_takes_no_longer() -> None:
     assert verifier.times.knows_drafting(16)
 
 
+def test_a_length_is_judged_again_as_soon_as_it_has_been_timed() -> None:
+    """Short blocks are thought cheap until they are; an estimate is due after 32 rounds only."""
+    verifier = Verifier(draft_ms=6.0)
+    fair = np.array([0.55, 0.1, 0.02, 0.0], dtype=np.float32)
+    verifier.rounds(fair, 4)
+    assert verifier.gate.usual_size == 1
+    assert not verifier.times.knows_length(1, 1), "a guess has to be what opens it"
+    verifier.draft_ms = 12.0
+    verifier.rounds(fair, 5)
+    assert verifier.gate.usual_size == 0
+
+
 def test_pauses_at_one_load_outlast_a_stay_at_another() -> None:
     verifier = Verifier(draft_ms=20.0)
     verifier.rounds(BAD, 2000, requests=16)
