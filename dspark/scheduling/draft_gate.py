@@ -92,6 +92,9 @@ class DraftGate:
         self._capacities_from = 0
         self._since_none = self._since_other = 0  # rounds since some were run to learn
         self._turn = 0  # which length is the next to learn of
+        self._looked: set[int] = (
+            set()
+        )  # loads where rounds without drafts were run for a first look
         self._closed: defaultdict[int, _Closed] = defaultdict(_Closed)  # by load
         self.width: int | None = None  # requests that the next blocks are for; None: all
 
@@ -182,6 +185,8 @@ class DraftGate:
         elsewhere = not self._gains or load != load_of(self._requests)  # than the last estimate
         estimates = (learns and self._age >= _EVERY) or timed or elsewhere
         if estimates:
+            if elsewhere and load not in self._looked:  # or a look would be cut short
+                self._since_none = min(self._since_none, _FIRST_LOOK)
             self._requests, self._age = requests, 0
             self._estimate(requests, most, latency_ms, search)
         if self._size:
@@ -229,13 +234,15 @@ class DraftGate:
         self._since_none += 1
         self._since_other += 1
         none_from = _EXPLORE  # what the first rounds of a load say of none is the table's word
-        if not self._times.knows_plain(self._requests):
+        load = load_of(self._requests)
+        if not (load in self._looked or self._times.knows_plain(self._requests)):
             none_from = _FIRST_LOOK
         elif self._times.compares(self._requests):
             none_from = _apart(_NONE_ROUNDS * (1.0 - 1.0 / gain))
         if self._since_none > none_from:
             if self._since_none >= none_from + _NONE_ROUNDS:
                 self._since_none, self._age = 0, _EVERY  # to be judged by what they showed
+                self._looked.add(load)
             return 0
         sizes = lengths(most)
         # Only whole blocks say what later positions are worth.
