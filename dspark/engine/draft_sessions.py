@@ -80,13 +80,12 @@ class DraftSessions:
     def take_in(self, works: Seq[DraftWork]) -> tuple[list[Rows], list[ResyncRequest]]:
         """Rows of works that connect to what is held, and requests to those that do not.
 
-        Afterwards there are pages for all rows and blocks, each as long as the longest of them.
+        Afterwards there are pages for all rows and blocks.
         """
         rows: list[Rows] = []
         resyncs: list[ResyncRequest] = []
-        longest = max((work.block_size for work in works), default=0)
         for work in works:
-            have = self._take_in(work, rows, self._rows(longest) if work.block_size else 0)
+            have = self._take_in(work, rows)
             if have is not None:
                 resyncs.append(ResyncRequest(work.fence.session, work.fence.epoch, have))
         # A session may have been evicted by a later one of the same batch.
@@ -100,11 +99,8 @@ class DraftSessions:
             if r.work.block_size and r.session.length == r.work.fence.committed_len - 1
         ]
 
-    def _take_in(self, work: DraftWork, rows: list[Rows], block: int) -> int | None:
-        """The length held, if a work's context does not connect to it.
-
-        `block`: rows that its block takes.
-        """
+    def _take_in(self, work: DraftWork, rows: list[Rows]) -> int | None:
+        """The length held, if a work's context does not connect to it."""
         fence = work.fence
         session = self._sessions.get(fence.session)
         if session is not None and session.epoch != fence.epoch:
@@ -130,6 +126,7 @@ class DraftSessions:
             session = Session(fence.epoch, np.zeros(0, dtype=np.int32), 0, 0)
             self._sessions[fence.session] = session
         self._sessions.move_to_end(fence.session)
+        block = self._rows(work.block_size) if work.block_size else 0
         if 0 < self._trained_length < length + block:
             log.warning(
                 "a session of %d tokens is past the %d positions that the drafter was trained for "

@@ -38,11 +38,10 @@ class DSparkBlocks:
     ) -> list[Draft]:
         """See Drafter."""
         self._write([row for row in rows if len(row.context)], kv)
-        if not wanting:
-            return []
-        # All as long as the longest, in one pass: each more would cost as much as this one.
-        size = max(row.work.block_size for row in wanting)
-        return [self._draft(wanting, size, kv, candidates)]
+        of: dict[int, list[Rows]] = {}
+        for row in wanting:
+            of.setdefault(row.work.block_size, []).append(row)
+        return [self._draft(own, size, kv, candidates) for size, own in sorted(of.items())]
 
     def _write(self, rows: Seq[Rows], kv: PagedKVCache) -> None:
         if not rows:

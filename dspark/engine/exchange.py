@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -85,11 +86,10 @@ class DraftExchange:
     def _take(self, running: dict[str, Sequence], replies: DraftReplies) -> None:
         for proposal in replies.proposals:
             sequence = running.get(proposal.fence.session)
-            if (
-                sequence is not None
-                and sequence.wanted_block == proposal.fence
-                and self._usable(proposal, sequence)
-            ):
+            if sequence is None or sequence.wanted_block != proposal.fence:
+                continue
+            proposal = _cut(proposal, sequence.remaining - 1)
+            if self._usable(proposal, sequence):
                 sequence.proposal = proposal
         for resync in replies.resyncs:
             sequence = running.get(resync.session)
@@ -134,7 +134,9 @@ class DraftExchange:
             # What one round brings always goes out, or those who lag would never catch up.
             end = max(start, min(sequence.computed, start + max(room, most + 1)))
             complete = end == sequence.computed and sequence.decoding
-            size = min(wanted, useful) if complete else 0
+            size = wanted if complete else 0
+            if features is None:
+                size = min(size, useful)  # each token is a pass of such a drafter
             if size or (end > start and wanted) or end - start >= _LUMP_ROWS:
                 room = max(0, room - (end - start))
                 pieces.append((sequence, start, end, size))
@@ -183,3 +185,21 @@ class DraftExchange:
             sampling=sequence.request.sampling,
             token_ids=token_ids,
         )
+
+
+def _cut(proposal: BlockProposal, length: int) -> BlockProposal:
+    """The beginning of a block, should it be longer.
+
+    Blocks of one length are one pass of a drafter, and what others near the end of their texts have
+    use for must not change anybody's: so all are asked for alike, and cut here.
+    """
+    if len(proposal.token_ids) <= length:
+        return proposal
+    ids, probs = proposal.candidate_ids, proposal.candidate_probs
+    return replace(
+        proposal,
+        token_ids=proposal.token_ids[:length],
+        confidences=proposal.confidences[:length],
+        candidate_ids=None if ids is None else ids[:length],
+        candidate_probs=None if probs is None else probs[:length],
+    )

@@ -316,8 +316,8 @@ class Speculation:
                 [s.prospect for s in drafted], size, weights=weights, most_blocks=plan.max_blocks
             )
             if self._features is not None:
-                # A pass of such a drafter is as long as the longest of its blocks. What is too long
-                # for one of them is cut when it is verified.
+                # Blocks of one length are one pass of such a drafter, and each other length is one
+                # more. What is too long for one of them is cut when it is verified.
                 longest = max(chosen)
                 chosen = [longest if wanted else 0 for wanted in chosen]
             for i, wanted in zip(at, chosen, strict=True):

@@ -161,8 +161,10 @@ class _Drafter:
     def draft(
         self, rows: Sequence[Rows], wanting: Sequence[Rows], kv: PagedKVCache, candidates: int
     ) -> list[Draft]:
-        sizes = [row.work.block_size for row in wanting]
-        return [self._draft(wanting, max(sizes))] if sizes else []
+        of: dict[int, list[Rows]] = {}
+        for row in wanting:
+            of.setdefault(row.work.block_size, []).append(row)
+        return [self._draft(own, size) for size, own in sorted(of.items())]
 
     def _draft(self, wanting: Sequence[Rows], size: int) -> Draft:
         self._passing.spend(self._passing.machine.draft_ms(len(wanting), size))

@@ -39,5 +39,5 @@ def test_drafts_change_nothing_and_every_kernel_is_called(
     assert len(drafted.tokens["rejection"]) == TOKENS
     assert {kernel for kernel, count in launches.items() if count} >= {
         "attend_tiles", "rotate_write_kernel", "add_rms_norm_kernel", "silu_mul_kernel",
-        "write_kernel", "find_cuts", "row_chunks", "decide", "position_logits", "draw_position",
+        "narrow_kernel", "find_cuts", "row_chunks", "decide", "position_logits", "draw_position",
     }  # fmt: skip

@@ -324,6 +324,13 @@ def test_a_plan_that_lapsed_leaves_the_verifier_to_its_own(
     assert alone.tokens == planned.tokens
 
 
+def test_blocks_are_cut_to_what_a_text_has_room_for() -> None:
+    """They are asked for alike, so that all of a round are one pass of the drafter."""
+    one = Request("a", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=3))
+    tally = run(tiny_engine(TARGET, tiny_drafter(TARGET)), [one])
+    assert [result.drafted for result in tally.results][1] == 1  # and one token follows it
+
+
 def test_drafting_that_loses_ends_although_prompts_keep_coming() -> None:
     """Steps with prompts do not compare; under steady traffic there are hardly any others."""
     short, long = request(), Request("b", tuple(range(1, 31)) * 13, request().sampling)
