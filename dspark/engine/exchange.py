@@ -100,7 +100,7 @@ class DraftExchange:
                 sequence.wanted_block = None
 
     def _usable(self, proposal: BlockProposal, sequence: Sequence) -> bool:
-        """Whether a block can be verified: known tokens, no more than asked for, and its law."""
+        """Whether a block can be verified: known tokens, room for them, and its law."""
         tokens, needs_law = proposal.token_ids, sequence.request.sampling.needs_law
         return (
             0 < len(tokens) < sequence.remaining

@@ -92,9 +92,7 @@ class DraftGate:
         self._capacities_from = 0
         self._since_none = self._since_other = 0  # rounds since some were run to learn
         self._turn = 0  # which length is the next to learn of
-        self._looked: set[int] = (
-            set()
-        )  # loads where rounds without drafts were run for a first look
+        self._looked: set[int] = set()  # loads where some without drafts were run for a first look
         self._closed: defaultdict[int, _Closed] = defaultdict(_Closed)  # by load
         self.width: int | None = None  # requests that the next blocks are for; None: all
 
