@@ -27,7 +27,7 @@ from imposed import Trace
 from dspark.config import EngineConfig
 from dspark.evaluation.throughput import Turn, arms
 from dspark.evaluation.virtual_time import Blocks, Clock, Machine, serve, virtual_verifier
-from dspark.models.graphs import ROW_BUCKETS
+from dspark.models.graphs import KERNELS
 from dspark.scheduling.step_table import StepTimeTable
 
 REQUESTS, ROWS, CONTEXTS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 3, 4, 6, 8), (64, 512, 2048)
@@ -55,7 +55,7 @@ def _steep(requests: int, rows: int, context: int) -> float:
 MACHINES = {
     "flat": Machine(step_table(_stairs), lambda n, size: 1.5 + 0.1 * size + 0.01 * n * size),
     "padded": Machine(
-        step_table(_stairs, ROW_BUCKETS), lambda n, size: 1.5 + 0.1 * size + 0.01 * n * size
+        step_table(_stairs, KERNELS.rows), lambda n, size: 1.5 + 0.1 * size + 0.01 * n * size
     ),
     "knee": Machine(step_table(_knee), lambda n, size: 1.8 + 0.05 * size + 0.05 * n * size),
     "steep": Machine(step_table(_steep), lambda n, size: 2.0 + 0.2 * size + 0.05 * n * size),

@@ -144,7 +144,7 @@ class RowPlan:
         return _first_seen(self, window)
 
     def tiles(self, long_rows: int) -> list[tuple[Tiles, int]]:
-        """See AttentionPlan; there are no prompts among them."""
+        """See AttentionPlan; a prompt's rows are cut into tiles of as few as all others."""
         if "rows" not in self.derived:
             count, device = self.tile_rows.shape[0], self.tile_rows.device
             self.derived["rows"] = torch.arange(count, dtype=torch.int32, device=device)

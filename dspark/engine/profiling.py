@@ -13,7 +13,6 @@ import torch
 from dspark.engine.judge import Judged, judge
 from dspark.kernels.attention_plan import pages_for, plan_attention
 from dspark.kernels.cpu import operators
-from dspark.models.graphs import padded_rows
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
 from dspark.scheduling.draft_gate import lengths
@@ -129,7 +128,7 @@ def _sizes(target: TargetModel, grid: Grid) -> tuple[int, ...]:
     if target.padded is None or target.padded.failed:
         return ()
     pages = pages_for(grid.contexts[-1] + grid.rows[-1])
-    return padded_rows(pages, gathers=target.padded.gathers)
+    return target.padded.padding.sizes(pages)
 
 
 def _step_ms(target: TargetModel, kv: PagedKVCache, cell: Cell) -> float:

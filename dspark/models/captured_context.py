@@ -22,7 +22,7 @@ import torch
 
 from dspark.kernels.transfer import Packing
 from dspark.models.capture import Capture
-from dspark.models.graphs import ROW_BUCKETS
+from dspark.models.graphs import KERNELS
 from dspark.models.kv_cache import NOWHERE, PagedKVCache
 
 log = logging.getLogger(__name__)
@@ -52,9 +52,9 @@ class CapturedContext:
         """Write rows; False if these are not ones for padding."""
         rows = len(features)
         # A graph knows where the cache lies: its memory must be there before.
-        if rows > ROW_BUCKETS[-1] or self.failed or not kv.allocated:
+        if rows > KERNELS.rows[-1] or self.failed or not kv.allocated:
             return False
-        padded = next(size for size in ROW_BUCKETS if size >= rows)
+        padded = next(size for size in KERNELS.rows if size >= rows)
         held = self._caches.setdefault(kv, {})
         static = held.get(padded)
         if static is None:

@@ -27,7 +27,7 @@ from dspark.models.captured_context import CapturedContext
 from dspark.models.captured_draw import CapturedDraw
 from dspark.models.drafter import DSparkDrafter
 from dspark.models.fused import FAMILIES, FusedLayers
-from dspark.models.graphs import PaddedSteps
+from dspark.models.graphs import KERNELS, PaddedSteps
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
 from dspark.models.sequential_head import MarkovHead
@@ -192,7 +192,7 @@ class TritonDraftForward(ModuleDraftForward):
         self._eps: float = config.rms_norm_eps
         on_cuda = weight.device.type == "cuda"
         self._context = CapturedContext(self._layers.write_context, weight.device, capture=on_cuda)
-        self._padded = PaddedSteps(self._run, weight.device, capture=on_cuda, gathers=False)
+        self._padded = PaddedSteps(self._run, weight.device, capture=on_cuda, padding=KERNELS)
 
     @staticmethod
     def fits(drafter: DSparkDrafter) -> bool:

@@ -1,12 +1,9 @@
-"""Steps of few rows in padded shapes, captured as CUDA graphs and replayed (paper §5.3).
+"""Steps in padded shapes, captured as CUDA graphs and replayed (paper §5.3).
 
-A small step costs a GPU less than launching its kernels costs the host. So every row is made a
-sequence of its own, rows and pages are padded to a few sizes, and the forward of a target, or of a
-drafter's block, is captured once for each size that occurs: what comes in lies in static buffers,
-filled by one copy.
-
-The LM head runs on every row. Nearly all rows of such steps are asked for their logits, and a
-matrix that is read for one row costs the same for some dozens.
+Up to some hundred rows, a step costs a GPU less than launching its kernels costs the host. So every
+row is made a sequence of its own, rows and pages are padded to a few sizes, and the forward of a
+target, or of a drafter's block, is captured once for each size that occurs: what comes in lies in
+static buffers, filled by one copy.
 
 Where nothing can be captured the same padded step runs as it is, which is how it is tested.
 
@@ -40,62 +37,65 @@ from dspark.models.kv_cache import NOWHERE, PagedKVCache
 
 log = logging.getLogger(__name__)
 
-ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-# Keys that the rows gather, in all: beyond, copying them takes longer than launches would. Kernels
-# that gather nothing are bounded by the tables that a step takes over.
-_MOST_GATHERED = 1 << 16
-_MOST_KEYS = 1 << 22
 _MOST_GRAPHS = 64  # of one cache; the least recently used goes
-# Pages that kernels are told of at least, where they gather nothing: 512 keys are one program's,
-# and every width is a graph more to capture while others wait.
-_LEAST_WIDTH = 32
 
 Shape = tuple[int, int]  # T, W
 Kind = tuple[int, int, int | None]  # T, W, and the plan's window
-Output = tuple[torch.Tensor, torch.Tensor | None]  # logits [N, V] and taps [T, m·d]
-# A model's forward: token ids [T], their plan, rows with logits [N], the cache.
+Output = tuple[torch.Tensor, torch.Tensor | None]  # of asked rows [N, V or d], and taps [T, m·d]
+# A model's forward: token ids [T], their plan, rows that are asked for [N], the cache.
 Forward = Callable[[torch.Tensor, RowPlan, torch.Tensor, PagedKVCache], Output]
 
 
-def bucket(plan: AttentionPlan, *, gathers: bool = True) -> Shape | None:
-    """The padded shape of a step; None for one that is better run as it is."""
-    rows, width = len(plan.reach), plan.tables.shape[1]
-    if max(plan.row_counts) > FEW_ROWS or rows > ROW_BUCKETS[-1]:
-        return None
-    rows, width = next(size for size in ROW_BUCKETS if size >= rows), _padded_width(width, gathers)
-    return (rows, width) if rows * width * PAGE_SIZE <= _most_keys(gathers) else None
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """The shapes that steps are padded to; a step that none holds is better run as it is."""
+
+    rows: tuple[int, ...]  # rising
+    most_keys: int  # of all rows
+    least_width: int  # pages of each
+    prompts: bool  # whether rows may be a prompt's, which many have the keys of
+
+    def shape(self, plan: AttentionPlan) -> Shape | None:
+        """That of a step; None if none holds it."""
+        rows, width = len(plan.reach), self._width(plan.tables.shape[1])
+        if rows > self.rows[-1] or (max(plan.row_counts) > FEW_ROWS and not self.prompts):
+            return None
+        rows = next(size for size in self.rows if size >= rows)
+        return (rows, width) if rows * width * PAGE_SIZE <= self.most_keys else None
+
+    def sizes(self, width: int) -> tuple[int, ...]:
+        """What rows are padded to where the longest sequence has `width` pages."""
+        most = self.most_keys // (self._width(width) * PAGE_SIZE)
+        return tuple(rows for rows in self.rows if rows <= most)
+
+    def _width(self, width: int) -> int:
+        return max(self.least_width, 1 << (width - 1).bit_length())
 
 
-def padded_rows(width: int, *, gathers: bool = True) -> tuple[int, ...]:
-    """The sizes that rows are padded to where the longest sequence has `width` pages."""
-    most = _most_keys(gathers) // (_padded_width(width, gathers) * PAGE_SIZE)
-    return tuple(rows for rows in ROW_BUCKETS if rows <= most)
-
-
-def _most_keys(gathers: bool) -> int:
-    return _MOST_GATHERED if gathers else _MOST_KEYS
-
-
-def _padded_width(width: int, gathers: bool) -> int:
-    return max(1 if gathers else _LEAST_WIDTH, 1 << (width - 1).bit_length())
+_FEW = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Attention that copies the keys of each row: beyond these, copying takes longer than launches.
+GATHERING = Padding(_FEW, 1 << 16, 1, prompts=False)
+# Kernels that read keys where they lie are bounded by the tables that a step takes over. They are
+# told of 512 keys at least, one program's: every width is a graph more to capture while others
+# wait. A family's own modules make logits of every row, and of more than these that is a waste.
+MODULES = Padding(_FEW, 1 << 22, 32, prompts=True)
+# An 8B target's step of 512 rows takes an H100 about as long as it takes a host to launch.
+KERNELS = Padding((*_FEW, 320, 384, 448, 512, 640, 768, 896, 1024), 1 << 22, 32, prompts=True)
 
 
 class PaddedSteps:
     """The padded steps of one model, over any number of caches."""
 
     def __init__(
-        self, forward: Forward, device: torch.device, *, capture: bool, gathers: bool = True
+        self, forward: Forward, device: torch.device, *, capture: bool, padding: Padding
     ) -> None:
-        """`capture`: whether graphs are made; `device` must be a CUDA device then.
-
-        `gathers`: whether attention copies the keys that rows see.
-        """
+        """`capture`: whether graphs are made; `device` must be a CUDA device then."""
         self._forward = forward
-        self.gathers = gathers
+        self.padding = padding
         self._device = device
         self._capture = Capture(device) if capture else None
         self._caches: WeakKeyDictionary[PagedKVCache, _Captured] = WeakKeyDictionary()
-        self._logits: torch.Tensor | None = None  # [most rows, V] what graphs write, and the taps
+        self._asked: torch.Tensor | None = None  # [most rows, V or d] what graphs write, and taps
         self._taps: torch.Tensor | None = None  # [most rows, m·d]
         self.failed = False  # a capture did; steps run as they are from then on
 
@@ -108,11 +108,11 @@ class PaddedSteps:
         self,
         token_ids: torch.Tensor,  # [T] int64, on the host
         plan: AttentionPlan,
-        logit_rows: torch.Tensor,  # [N] int64, on the host
+        asked_rows: torch.Tensor,  # [N] int64, on the host
         kv: PagedKVCache,
     ) -> Output | None:
         """The step's output, or None if it is not one for padding."""
-        shape = bucket(plan, gathers=self.gathers)
+        shape = self.padding.shape(plan)
         # A graph knows where the cache lies: its memory must be there before.
         if shape is None or self.failed or not kv.allocated:
             return None
@@ -121,7 +121,7 @@ class PaddedSteps:
         step = held.steps.get(kind)
         if step is None:
             step = _Step(shape, plan.window, self._device)
-        step.fill(token_ids, plan, logit_rows)
+        step.fill(token_ids, plan, asked_rows)
         if kind not in held.steps:
             if self._capture is not None and not self._captured(step, self._capture, kv, held):
                 return None
@@ -133,14 +133,14 @@ class PaddedSteps:
             self._write(step, kv)
         else:
             step.graph.replay()
-        return self._taken(step, len(token_ids), len(logit_rows))
+        return self._taken(step, len(token_ids), len(asked_rows))
 
     def _taken(self, step: _Step, rows: int, wanted: int) -> Output:
         """Copies, since the next step writes to the same buffers."""
-        assert self._logits is not None
-        logits = self._logits[:rows]
-        logits = logits.clone() if wanted == rows else logits[step.logit_rows[:wanted]]
-        return logits, None if self._taps is None else self._taps[:rows].clone()
+        assert self._asked is not None
+        asked = self._asked[:rows]
+        asked = asked.clone() if wanted == rows else asked[step.asked_rows[:wanted]]
+        return asked, None if self._taps is None else self._taps[:rows].clone()
 
     def _write(self, step: _Step, kv: PagedKVCache) -> None:
         """Run the step on what its buffers hold; its output goes to the shared ones."""
@@ -148,12 +148,12 @@ class PaddedSteps:
         plan = RowPlan(
             step.positions, step.reach, step.slots, step.tables, step.tile_rows, step.window
         )
-        logits, taps = self._forward(step.token_ids, plan, step.every_row, kv)
-        rows = len(logits)
-        if self._logits is None:
-            self._logits = logits.new_empty(ROW_BUCKETS[-1], logits.shape[1])
-            self._taps = None if taps is None else taps.new_empty(ROW_BUCKETS[-1], taps.shape[1])
-        self._logits[:rows].copy_(logits)
+        asked, taps = self._forward(step.token_ids, plan, step.every_row, kv)
+        rows, most = len(asked), self.padding.rows[-1]
+        if self._asked is None:
+            self._asked = asked.new_empty(most, asked.shape[1])
+            self._taps = None if taps is None else taps.new_empty(most, taps.shape[1])
+        self._asked[:rows].copy_(asked)
         if self._taps is not None and taps is not None:
             self._taps[:rows].copy_(taps)
 
@@ -192,16 +192,16 @@ class _Step:
         self._padding = self._packing.fill(self._packing.buffer("cpu"), padding)
         self._buffer = self._packing.buffer(device)
         views = self._packing.views(self._buffer)
-        self.token_ids, self.positions, self.reach, self.slots, self.logit_rows = views[:5]
+        self.token_ids, self.positions, self.reach, self.slots, self.asked_rows = views[:5]
         self.tile_rows, self.tables = views[5:]
         self.every_row = torch.arange(rows, device=device)
 
-    def fill(self, token_ids: torch.Tensor, plan: AttentionPlan, logit_rows: torch.Tensor) -> None:
+    def fill(self, token_ids: torch.Tensor, plan: AttentionPlan, asked_rows: torch.Tensor) -> None:
         """Take in a step that fits, in one copy."""
         staged = self._packing.buffer("cpu", pinned=self._buffer.device.type == "cuda")
         staged.copy_(self._padding)
         *lines, tile_rows, tables = self._packing.views(staged)
-        given = (token_ids, plan.positions, plan.reach, plan.slots, logit_rows)
+        given = (token_ids, plan.positions, plan.reach, plan.slots, asked_rows)
         for line, values in zip(lines, given, strict=True):
             line[: len(values)] = values
         counts = np.asarray(plan.row_counts)

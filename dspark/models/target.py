@@ -31,7 +31,7 @@ from dspark.kernels.dispatch import serves_with_triton
 from dspark.kernels.reference.whole_attention import whole_attention
 from dspark.kernels.transfer import to_device
 from dspark.models.fused import FusedDecoder
-from dspark.models.graphs import PaddedSteps
+from dspark.models.graphs import GATHERING, KERNELS, MODULES, PaddedSteps
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.packed_linear import PackedLinear, can_pack, pack_linears
 from dspark.models.ranks import Ranks
@@ -77,7 +77,7 @@ class TargetModel:
         batch_invariant: bool = False,
         shard: Shard | None = None,
     ) -> None:
-        """`padded`: whether steps of few rows are padded (models.graphs); None: on CUDA.
+        """`padded`: whether steps are padded (models.graphs); None: on CUDA.
 
         `batch_invariant`: what a row says must not depend on the rows beside it, to the bit;
         ConfigError where that cannot be had. `shard`: which part of a target `model` is; those who
@@ -104,11 +104,12 @@ class TargetModel:
         self._shard = shard
         self._ranks: Ranks | None = None  # those who have the other parts
         self._fused: FusedDecoder | TritonDecoder | None = None
+        self._head: Callable[[torch.Tensor], torch.Tensor] | None = None  # of what these make
         self.padded: PaddedSteps | None = None
         # The C++ layers are one call, which has no place for a sum over ranks.
         if fused and shard is None and FusedDecoder.fits(model):
             self._fused = FusedDecoder(model)
-            self._lm_head = PackedLinear(model.get_output_embeddings(), torch.float32)
+            self._head = PackedLinear(model.get_output_embeddings(), torch.float32)
             model.get_decoder().layers = nn.ModuleList()  # never run again: half of the memory
             return
         _hook_taps(model, tap_layer_ids, self._tapped)
@@ -120,6 +121,7 @@ class TargetModel:
             hook_sums(model, shard)
         if fused and TritonDecoder.fits(model):
             self._fused = TritonDecoder(model, batch_invariant=batch_invariant, shard=shard)
+            self._head = self._fused.head
         elif batch_invariant:
             raise ConfigError(
                 f"batch_invariant: a {config.model_type} in {self.dtype} on {self.device.type} "
@@ -131,8 +133,12 @@ class TargetModel:
         # Ranks would have to capture the same steps or none: a capture that one alone fails at
         # would have them add up rows of different steps.
         if shard is None and (on_cuda if padded is None else padded):
+            padding = MODULES if self._on_triton() else GATHERING
             self.padded = PaddedSteps(
-                self._run, self.device, capture=on_cuda, gathers=not self._on_triton()
+                self._run,
+                self.device,
+                capture=on_cuda,
+                padding=padding if self._fused is None else KERNELS,
             )
 
     @property
@@ -241,22 +247,14 @@ class TargetModel:
             return self._forward(batch, kv)
 
     def _forward(self, batch: TargetBatch, kv: PagedKVCache) -> TargetOutput:
-        if isinstance(self._fused, FusedDecoder):
-            hidden, taps = self._fused.forward(
-                batch.token_ids,
-                batch.attention,
-                kv,
-                batch.logit_rows,
-                self.tap_layer_ids,
-            )
-            return TargetOutput(self._lm_head(hidden), taps)
         out = None
         if self.padded is not None:
             out = self.padded.run(batch.token_ids, batch.attention, batch.logit_rows, kv)
         if out is None:
             token_ids, logit_rows = batch.attention.move(batch.token_ids, batch.logit_rows)
             out = self._run(token_ids, batch.attention, logit_rows, kv)
-        return TargetOutput(*out)
+        said, taps = out
+        return TargetOutput(said if self._head is None else self._head(said), taps)
 
     @torch.inference_mode()
     def forward_whole(
@@ -293,22 +291,32 @@ class TargetModel:
             [padded.flatten(), positions, real_rows[logit_rows], real_rows], self.device
         )
         token_ids, positions, rows, kept = moved
-        logits, taps = self._run(token_ids, WholePlan(positions, len(texts)), rows, None)
+        logits, taps = self._run_modules(token_ids, WholePlan(positions, len(texts)), rows, None)
         return TargetOutput(logits, None if taps is None else taps[kept])
 
     def _run(
+        self,
+        token_ids: torch.Tensor,  # [T]
+        plan: AttentionPlan | RowPlan,
+        logit_rows: torch.Tensor,  # [N]
+        kv: PagedKVCache,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the head makes logits of [N, d], or logits [N, V] without one; taps [T, m·d]."""
+        if self._fused is None:
+            return self._run_modules(token_ids, plan, logit_rows, kv)
+        if isinstance(self._fused, FusedDecoder):
+            assert isinstance(plan, AttentionPlan)  # its steps are never padded
+            return self._fused.forward(token_ids, plan, kv, logit_rows, self.tap_layer_ids)
+        return self._fused.forward(token_ids, plan, kv, logit_rows, self.tap_layer_ids)
+
+    def _run_modules(
         self,
         token_ids: torch.Tensor,  # [T]
         plan: AttentionPlan | RowPlan | WholePlan,
         logit_rows: torch.Tensor,  # [N]
         kv: PagedKVCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The forward of the modules, or of what stands for them: logits [N, V], taps [T, m·d]."""
-        if isinstance(self._fused, TritonDecoder) and not isinstance(plan, WholePlan):
-            assert kv is not None
-            hidden, taps = self._fused.forward(token_ids, plan, kv, logit_rows, self.tap_layer_ids)
-            head = self.model.get_output_embeddings()
-            return self._fused.linear(hidden, head.weight, head.bias), taps
+        """Logits [N, V] and taps [T, m·d]."""
         out = self.model(
             input_ids=token_ids[None],
             position_ids=plan.placed.positions[None],

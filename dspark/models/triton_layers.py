@@ -169,17 +169,17 @@ class TritonDecoder:
         """
         if batch_invariant:
             _check_tensor_cores(model.device)
-        # the product that the layers use, and that the LM head has to
-        self.linear = product(model.device, model.dtype, batch_invariant=batch_invariant)
+        self._linear = product(model.device, model.dtype, batch_invariant=batch_invariant)
         config, decoder = model.config.get_text_config(), model.get_decoder()
         self._embedding: torch.Tensor = decoder.embed_tokens.weight
         self._final_norm: torch.Tensor = decoder.norm.weight
+        self._lm_head = model.get_output_embeddings()
         self._eps: float = config.rms_norm_eps
         self._layers = TritonLayers(
             config,
             decoder.layers,
             decoder.rotary_emb,
-            linear=self.linear,
+            linear=self._linear,
             one_size=batch_invariant,
             shard=shard,
         )
@@ -212,6 +212,10 @@ class TritonDecoder:
         if not tap_layer_ids:
             return hidden, None
         return hidden, torch.cat([taps[i] for i in tap_layer_ids], dim=-1)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, d] -> [N, V]."""
+        return self._linear(hidden, self._lm_head.weight, self._lm_head.bias)
 
 
 def product(device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False) -> Linear:

@@ -8,9 +8,12 @@ from dspark.kernels.attention_plan import Pages, plan_attention
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel, TargetOutput
 
-# Rows of each of four sequences: a prompt that is not padded, then decoding and blocks, 16 to a
-# sequence at most, of which the last two cross into another page.
-STEPS = ((20, 5, 0, 30), (1, 1, 1, 1), (5, 0, 1, 3), (1, 16, 1, 1), (0, 0, 14, 1), (9, 1, 2, 4))
+# Rows of each of four sequences: a prompt before there is memory, then decoding and blocks, 16 to a
+# sequence at most, some of which cross into another page, and prompts that go on beside them.
+STEPS = (
+    (20, 5, 0, 30), (1, 1, 1, 1), (5, 0, 1, 3), (1, 16, 1, 1), (0, 0, 14, 1), (9, 1, 2, 4),
+    (1, 20, 3, 17),
+)  # fmt: skip
 
 
 class Cache:

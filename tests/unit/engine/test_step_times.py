@@ -19,7 +19,7 @@ from dspark.engine import step_times as module
 from dspark.engine.assembly import load_target, make_verifier
 from dspark.engine.profiling import Grid, profile_steps
 from dspark.engine.step_times import StepTimeFiles, fingerprint, step_times
-from dspark.models.graphs import padded_rows
+from dspark.models.graphs import GATHERING
 from dspark.models.target import TargetModel
 from dspark.scheduling.step_table import StepTimeTable
 
@@ -196,7 +196,7 @@ def test_padded_steps_are_measured_at_their_sizes() -> None:
     grid = Grid.of(target, block_size=4, max_requests=3, cache_tokens=256)
     assert grid == Grid((1, 2, 4), (1, 2, 4, 8), (64, 248))
     table = profile_steps(target, tiny_engine(target).kv, grid)
-    assert table.padded == padded_rows(16)
+    assert table.padded == GATHERING.sizes(16)
     assert {r * q for r, q, _ in grid.cells} <= set(table.padded)
     assert table.ms(1, 5, 64) == table.ms(1, 8, 64)
     assert not profile_steps(TARGET, tiny_engine(TARGET).kv, GRID).padded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from dspark.models.draft_forward import (
     draft_forward,
 )
 from dspark.models.drafter import DSparkDrafter
+from dspark.models.graphs import KERNELS
 from dspark.models.kv_cache import PagedKVCache
 
 pytestmark = pytest.mark.skipif(not operators.available(), reason="needs AVX2")
@@ -89,8 +91,9 @@ def test_hidden_states_by_the_triton_kernels(
     exact = hidden(ModuleDraftForward(copy.deepcopy(drafter)), window, torch.float32)
     monkeypatch.setenv("DSPARK_KERNELS", "triton")
     if not padded:
-        monkeypatch.setattr("dspark.models.graphs.FEW_ROWS", 1)
-        monkeypatch.setattr("dspark.models.captured_context.ROW_BUCKETS", (1,))
+        single = replace(KERNELS, rows=(1,))
+        monkeypatch.setattr("dspark.models.draft_forward.KERNELS", single)
+        monkeypatch.setattr("dspark.models.captured_context.KERNELS", single)
     forward = draft_forward(drafter)
     assert isinstance(forward, TritonDraftForward)
     before, kv = launches["rotate_write_kernel"], PagedKVCache(13)

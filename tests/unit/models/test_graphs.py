@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dspark.kernels.attention_plan import PAGE_SIZE, pages_for, plan_attention
 from dspark.kernels.dispatch import RowStore
 from dspark.models import graphs
-from dspark.models.graphs import ROW_BUCKETS, bucket, padded_rows
+from dspark.models.graphs import GATHERING, KERNELS, MODULES, Padding
 from dspark.models.target import TargetModel
 
 SLIDING = {"sliding_window": 12}
@@ -96,18 +96,30 @@ def test_padding_writes_to_nobodys_slots() -> None:
     assert sorted(changed) == sorted([graphs.NOWHERE, *own])
 
 
-@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 20)), min_size=1, max_size=40))
-def test_a_bucket_is_no_smaller_than_its_step(shapes: list[tuple[int, int]]) -> None:
+paddings = st.sampled_from((GATHERING, MODULES, KERNELS))
+
+
+@given(
+    paddings,
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 40)), min_size=1, max_size=50),
+)
+def test_a_shape_is_no_smaller_than_its_step(
+    padding: Padding, shapes: list[tuple[int, int]]
+) -> None:
     pages = [np.arange(1, 300, dtype=np.int32)] * len(shapes)
     plan = plan_attention(pages, [b for b, _ in shapes], [n for _, n in shapes])
     rows, width = len(plan.positions), plan.tables.shape[1]
-    shape = bucket(plan)
+    shape = padding.shape(plan)
     if shape is None:
-        assert max(plan.row_counts) > 16 or rows > 256 or rows * width * PAGE_SIZE > 2**16 / 4
+        assert (
+            (max(plan.row_counts) > 16 and not padding.prompts)
+            or rows > padding.rows[-1]
+            or rows * width * PAGE_SIZE > padding.most_keys / 4
+        )
         return
     assert rows <= shape[0] < max(2 * rows, rows + 2)
-    assert width <= shape[1] < 2 * width
-    assert shape[0] in ROW_BUCKETS
+    assert width <= shape[1] < max(2 * width, padding.least_width + 1)
+    assert shape[0] in padding.rows
 
 
 def test_a_cache_without_memory_is_not_for_padding() -> None:
@@ -136,9 +148,11 @@ def test_the_graphs_of_a_cache_are_bounded_and_go_with_it(monkeypatch: pytest.Mo
     assert len(target.padded._caches) == 1
 
 
-@given(st.integers(1, 300), st.integers(1, 3000))
-def test_the_sizes_told_are_those_that_steps_take(rows: int, context: int) -> None:
+@given(paddings, st.integers(1, 1100), st.integers(1, 3000))
+def test_the_sizes_told_are_those_that_steps_take(
+    padding: Padding, rows: int, context: int
+) -> None:
     pages = np.arange(1, 2 + context // PAGE_SIZE, dtype=np.int32)
-    shape = bucket(plan_attention([pages] * rows, [context - 1] * rows, [1] * rows))
-    told = [size for size in padded_rows(pages_for(context)) if size >= rows]
+    shape = padding.shape(plan_attention([pages] * rows, [context - 1] * rows, [1] * rows))
+    told = [size for size in padding.sizes(pages_for(context)) if size >= rows]
     assert (None if shape is None else shape[0]) == (told[0] if told else None)
