@@ -29,6 +29,7 @@ class Session:
     pages: Pages  # of positions 0 on; 0 where no context is held
     begin: int  # context is known from here
     length: int  # up to here
+    ready: tuple[int, int] = 0, 0  # from page to page all are there, and before them none
 
     @property
     def held(self) -> list[int]:
@@ -139,7 +140,8 @@ class DraftSessions:
             self.free(fence.session)
             return 0
         first = min(max(start, seen_from), end)
-        rows.append(Rows(work, session, work.context[first - start :], first))
+        context = work.context if first == start else work.context[first - start :]
+        rows.append(Rows(work, session, context, first))
         session.begin, session.length = begin, length
         return None
 
@@ -150,11 +152,14 @@ class DraftSessions:
     def _hold(self, session: Session, name: str, begin: int, end: int) -> bool:
         """Have pages for positions begin..end-1, from idle sessions if need be, and none before."""
         first, last = begin // PAGE_SIZE, pages_for(end)
+        if first == session.ready[0] and last <= session.ready[1]:
+            return True  # as nearly always: a page lasts for many rounds
         passed = session.pages[:first]
         self.pool.release(page for page in passed.tolist() if page)
         passed[:] = 0
         if last > len(session.pages):
-            session.pages = np.pad(session.pages, (0, last - len(session.pages)))
+            more = np.zeros(last - len(session.pages), dtype=np.int32)
+            session.pages = np.concatenate([session.pages, more])
         wanted = first + np.flatnonzero(session.pages[first:last] == 0)
         while self.pool.free < len(wanted):
             idle = next((s for s in self._sessions if s != name), None)
@@ -164,4 +169,5 @@ class DraftSessions:
         pages = self.pool.allocate(len(wanted))
         assert pages is not None
         session.pages[wanted] = pages
+        session.ready = first, last
         return True

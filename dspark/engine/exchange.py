@@ -17,7 +17,7 @@ import torch
 from dspark.engine.draft_link import DraftLink, DraftReplies
 from dspark.engine.features import FeatureStore
 from dspark.engine.sequence import Sequence
-from dspark.types import BlockProposal, DraftWork
+from dspark.types import BlockProposal, DraftWork, IntArray
 
 # Context that the drafter lacks is sent a piece a round, so that nobody's block waits for long
 # behind another's prompt.
@@ -84,12 +84,14 @@ class DraftExchange:
         return sequence.asked_at + self._link.deadline_s - time.monotonic()
 
     def _take(self, running: dict[str, Sequence], replies: DraftReplies) -> None:
-        for proposal in replies.proposals:
+        proposals = replies.proposals
+        known = self._known([proposal.token_ids for proposal in proposals])
+        for proposal in proposals:
             sequence = running.get(proposal.fence.session)
             if sequence is None or sequence.wanted_block != proposal.fence:
                 continue
             proposal = _cut(proposal, sequence.remaining - 1)
-            if self._usable(proposal, sequence):
+            if self._fits(proposal, sequence) and (known or self._known([proposal.token_ids])):
                 sequence.proposal = proposal
         for resync in replies.resyncs:
             sequence = running.get(resync.session)
@@ -99,15 +101,19 @@ class DraftExchange:
             if sequence.wanted_block not in replies.pending:
                 sequence.wanted_block = None
 
-    def _usable(self, proposal: BlockProposal, sequence: Sequence) -> bool:
-        """Whether a block can be verified: known tokens, room for them, and its law."""
-        tokens, needs_law = proposal.token_ids, sequence.request.sampling.needs_law
-        return (
-            0 < len(tokens) < sequence.remaining
-            and int(tokens.min()) >= 0
-            and int(tokens.max()) < self._vocab_size
-            and not (needs_law and proposal.candidate_ids is None)
+    def _fits(self, proposal: BlockProposal, sequence: Sequence) -> bool:
+        """Whether there is room for a block, and its law with it."""
+        needs_law = sequence.request.sampling.needs_law
+        return 0 < len(proposal.token_ids) < sequence.remaining and not (
+            needs_law and proposal.candidate_ids is None
         )
+
+    def _known(self, blocks: Seq[IntArray]) -> bool:
+        """Whether all these tokens are ones that the target knows."""
+        if not blocks:
+            return True
+        tokens = np.concatenate(blocks)
+        return not len(tokens) or (int(tokens.min()) >= 0 and int(tokens.max()) < self._vocab_size)
 
     def ask(
         self,

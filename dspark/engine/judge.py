@@ -6,11 +6,11 @@ back in one. Symbols as in dspark.decoding.acceptance.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from dspark.decoding.acceptance import (
     Drafts,
@@ -217,29 +217,33 @@ def _decide(part: _Part, logits: torch.Tensor, on: _Inputs) -> torch.Tensor:  # 
 
 
 def _drafts(judged: list[Judged], with_law: bool = False) -> Drafts:  # on the host
-    token_ids: list[int] = []
-    ids, probs = [], []
+    lengths = tuple(one.verified for one in judged)
+    token_ids = np.zeros(sum(lengths), dtype=np.int64)
+    laws = []  # where each begins
+    at = 0
     for one in judged:
         if one.verified == 0:
             continue
         assert one.proposal is not None
-        token_ids += one.proposal.token_ids[: one.verified].tolist()
-        if with_law and one.proposal.candidate_ids is None:  # it needs none
-            ids.append(torch.zeros(one.verified, 1, dtype=torch.int64))
-            probs.append(torch.zeros(one.verified, 1))
-        elif with_law:
-            assert one.proposal.candidate_ids is not None
+        token_ids[at : at + one.verified] = one.proposal.token_ids[: one.verified]
+        if one.proposal.candidate_ids is not None:  # else it needs none
             assert one.proposal.candidate_probs is not None
-            ids.append(torch.from_numpy(one.proposal.candidate_ids[: one.verified]))
-            probs.append(torch.from_numpy(one.proposal.candidate_probs[: one.verified]))
-    # Two draft replicas may cut their laws at different widths: pad with entries of no probability.
-    width = max((one.shape[1] for one in ids), default=1)
-    ids = [F.pad(one, (0, width - one.shape[1])) for one in ids]
-    probs = [F.pad(one, (0, width - one.shape[1])) for one in probs]
-    empty = torch.zeros(0, width)
-    return Drafts(
-        lengths=tuple(one.verified for one in judged),
-        token_ids=torch.tensor(token_ids, dtype=torch.int64),
-        candidate_ids=(torch.cat(ids) if ids else empty.long()) if with_law else None,
-        candidate_probs=(torch.cat(probs) if probs else empty) if with_law else None,
+            laws.append(
+                (at, one.verified, one.proposal.candidate_ids, one.proposal.candidate_probs)
+            )
+        at += one.verified
+    drafts = Drafts(lengths, torch.from_numpy(token_ids))
+    if not with_law:
+        return drafts
+    # Two draft replicas may cut their laws at different widths: entries of no probability fill up.
+    width = max((ids.shape[1] for _, _, ids, _ in laws), default=1)
+    all_ids = np.zeros((at, width), dtype=np.int64)
+    all_probs = np.zeros((at, width), dtype=np.float32)
+    for start, count, ids, probs in laws:
+        all_ids[start : start + count, : ids.shape[1]] = ids[:count]
+        all_probs[start : start + count, : ids.shape[1]] = probs[:count]
+    return replace(
+        drafts,
+        candidate_ids=torch.from_numpy(all_ids),
+        candidate_probs=torch.from_numpy(all_probs),
     )

@@ -104,6 +104,8 @@ class Sequence:
         """Names of pages that have become full since the last call."""
         known = len(self.keys)
         end = self.computed // PAGE_SIZE * PAGE_SIZE
+        if end <= known * PAGE_SIZE:
+            return []
         parent = self.keys[-1] if self.keys else b""
         self.keys += page_keys(self.tokens[known * PAGE_SIZE : end], parent)
         return self.keys[known:]

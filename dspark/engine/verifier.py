@@ -414,4 +414,5 @@ class VerifierEngine:
 
 def _by_position(lengths: list[int], width: int) -> tuple[int, ...]:
     """How many requests reached each block position."""
-    return tuple(sum(length > k for length in lengths) for k in range(width))
+    reached = np.array(lengths, dtype=np.int64)[:, None] > np.arange(width)
+    return tuple(reached.sum(axis=0).tolist())
