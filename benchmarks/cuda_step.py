@@ -75,11 +75,12 @@ TIMED: dict[str, dict[str, Any]] = {
 CONTEXTS = (256, 1024)
 CELLS = (*((t, 1) for t in (1, 2, 4, 8, 16, 32, 64)), *((t, 8) for t in (1, 2, 4, 8)))
 TAPS = (0, 2)
-# Rows of four sequences: prompts, which are not padded; then shapes that come again with other
-# tokens, so that graphs are replayed on what they were not captured with.
+# Rows of four sequences: prompts, before there is memory; then shapes that come again with other
+# tokens, so that graphs are replayed on what they were not captured with; then prompts that go on.
 STEPS = (
     (20, 33, 17, 40), (1, 1, 1, 1), (5, 1, 2, 8), (1, 1, 1, 1), (8, 8, 8, 8), (3, 7, 2, 4),
     (0, 1, 0, 1), (1, 1, 1, 1), (8, 8, 8, 8), (1, 0, 9, 0), (0, 16, 0, 3), (1, 1, 1, 1),
+    (90, 3, 60, 1), (70, 1, 70, 12),
 )  # fmt: skip
 KINDS = (
     SamplingParams(temperature=0.0, max_tokens=24),

@@ -1,12 +1,14 @@
 """The paper's Figures 7 and 8 on this machine: what speed costs, and what is verified, by load.
 
     python benchmarks/frontier.py --out frontier/ [--concurrency 1,2,4,8,16,32,64] [--rounds 10]
+    python benchmarks/frontier.py --out frontier/ --drawn-from frontier/frontier.json
 
 Arms take turns of a second, as in `dspark bench`: plain decoding, one draft token (what an MTP head
 brings), whole blocks, adaptive. Writes frontier.json, and with the extra `bench` figure7.png
 (throughput against the speed of one user) and figure8.png (verified draft tokens a request and
-step, against concurrency). --shape: random weights of that shape, whose drafter's blocks stand as
-those of a recorded trace did (benchmarks/imposed.py).
+step, against concurrency), unless told --no-figures: they can be drawn elsewhere. --shape: random
+weights of that shape, whose drafter's blocks stand as those of a recorded trace did
+(benchmarks/imposed.py).
 """
 
 from __future__ import annotations
@@ -43,10 +45,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape")
     parser.add_argument("--trace", type=Path, help="how its drafter agrees with it")
+    parser.add_argument("--no-figures", action="store_true")
+    parser.add_argument("--drawn-from", type=Path, help="a frontier.json: draw it, measure nothing")
     options = parser.parse_args()
     levels = [int(part) for part in options.concurrency.split(",")]
-    require_matplotlib()
+    if not options.no_figures:
+        require_matplotlib()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.drawn_from is not None:
+        stored = json.loads(options.drawn_from.read_text())["cells"]
+        draw([ThroughputCell(**cell) for cell in stored], options.out)
+        return
     engine = EngineConfig(max_requests=max(levels), cache_tokens=512 * max(64, max(levels)))
     verifier, prompts = _imposed(options, engine) if options.shape else _served(options, engine)
     cells = measure(
@@ -59,8 +68,9 @@ def main() -> None:
     )
     result = {"cells": [asdict(cell) for cell in cells], **provenance()}
     (options.out / "frontier.json").write_text(json.dumps(result, indent=2))
-    draw(cells, options.out)
     print_table(cells)
+    if not options.no_figures:
+        draw(cells, options.out)
 
 
 def _served(

@@ -12,7 +12,7 @@ import torch
 
 from dspark.decoding.acceptance import sample
 from dspark.decoding.law import proposal_law
-from dspark.decoding.noise import Stream, draw_key, gumbel, key_tensor, uniform
+from dspark.decoding.noise import Stream, draw_keys, gumbel, key_tensor, uniform
 from dspark.types import Fence, SamplingParams, VerifyMode
 
 GREEDY, INDEPENDENT, COUPLED = 0, 1, 2
@@ -41,13 +41,12 @@ class DrawRules:
                 keys += [0] * size
             elif params.mode is VerifyMode.COUPLED:
                 kinds.append(COUPLED)
-                keys += [draw_key(params.seed, Stream.COUPLED, p) for p in positions]
+                keys += draw_keys(params.seed, Stream.COUPLED, last=positions)
             else:
                 kinds.append(INDEPENDENT)
-                keys += [
-                    draw_key(params.seed, Stream.DRAFT, fence.epoch, fence.round, p)
-                    for p in positions
-                ]
+                keys += draw_keys(
+                    params.seed, Stream.DRAFT, fence.epoch, fence.round, last=positions
+                )
         return cls(
             kinds=torch.tensor(kinds),
             temperature=torch.tensor([1.0 if p.greedy else p.temperature for p in sampling]),

@@ -14,6 +14,7 @@ three never touch (design §2).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 
 import torch
@@ -37,8 +38,14 @@ def draw_key(seed: int, stream: Stream, *counters: int) -> int:
     """The 64-bit name of a draw."""
     key = _mix_int(seed & _WORD)
     for counter in (int(stream), *counters):
-        key = _mix_int((key + _GOLDEN) ^ _mix_int(counter & _WORD))
+        key = _named_within(key, counter)
     return key
+
+
+def draw_keys(seed: int, stream: Stream, *counters: int, last: Iterable[int]) -> list[int]:
+    """The names of draws whose last counters alone differ: what they share is hashed once."""
+    shared = draw_key(seed, stream, *counters)
+    return [_named_within(shared, counter) for counter in last]
 
 
 def key_tensor(keys: list[int], device: torch.device | str = "cpu") -> torch.Tensor:
@@ -77,6 +84,10 @@ def _mix(words: torch.Tensor) -> torch.Tensor:
 def _shift_right(words: torch.Tensor, bits: int) -> torch.Tensor:
     # int64 shifts keep the sign: mask it away, since torch has no full set of uint64 operators
     return (words >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _named_within(key: int, counter: int) -> int:
+    return _mix_int((key + _GOLDEN) ^ _mix_int(counter & _WORD))
 
 
 def _mix_int(word: int) -> int:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from dspark.engine.drafting import DraftEngine
+from dspark.engine.drafting import BegunDrafts, DraftEngine
 from dspark.kernels.transfer import to_host
 from dspark.types import BlockProposal, DraftWork, Fence, ResyncRequest
 
@@ -31,7 +31,7 @@ class DraftLink(Protocol):
 
     @property
     def latency_s(self) -> float:
-        """Usual time from submitting work to its blocks; 0 where submit returns with them."""
+        """Usual time from submitting work to its blocks; 0 where collect waits for them."""
 
     @property
     def deadline_s(self) -> float:
@@ -51,14 +51,14 @@ class DraftLink(Protocol):
 
 
 class LocalDraftLink:
-    """A drafter in the same process and thread: blocks are ready when submit returns."""
+    """A drafter in the same process and thread: a GPU is at it until blocks are collected."""
 
     latency_s = 0.0
     deadline_s = 0.0
 
     def __init__(self, engine: DraftEngine) -> None:
         self._engine = engine
-        self._replies = DraftReplies()
+        self._begun: list[BegunDrafts] = []
 
     @property
     def available(self) -> bool:
@@ -66,10 +66,8 @@ class LocalDraftLink:
         return True
 
     def submit(self, works: Sequence[DraftWork]) -> None:
-        """Ingest and draft at once."""
-        proposals, resyncs = self._engine.run(works)
-        self._replies.proposals.extend(proposals)
-        self._replies.resyncs.extend(resyncs)
+        """Ingest at once, and have blocks drafted."""
+        self._begun.append(self._engine.begin(works))
 
     def free(self, sessions: Iterable[str]) -> None:
         """Forget sessions."""
@@ -77,9 +75,12 @@ class LocalDraftLink:
             self._engine.free(session)
 
     def collect(self, wait_s: float) -> DraftReplies:
-        """All replies there are."""
-        replies, self._replies = self._replies, DraftReplies()
-        return replies
+        """All that was submitted, waited for, however long it takes."""
+        begun, self._begun = self._begun, []
+        return DraftReplies(
+            [proposal for one in begun for proposal in one.proposals()],
+            [resync for one in begun for resync in one.resyncs],
+        )
 
     def missed(self, sessions: Iterable[str]) -> None:
         """Cannot happen here."""

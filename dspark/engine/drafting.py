@@ -49,6 +49,25 @@ class Draft:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class BegunDrafts:
+    """What a DraftEngine was asked for; the device may still be at it."""
+
+    drafts: list[Draft]
+    resyncs: list[ResyncRequest]
+
+    @torch.inference_mode()
+    def proposals(self) -> list[BlockProposal]:
+        """The blocks, waited for."""
+        tensors = [tensor for draft in self.drafts for tensor in draft.drawn.tensors]
+        arrived = iter(to_host(tensors))
+        return [
+            proposal
+            for draft in self.drafts
+            for proposal in draft.proposals(*islice(arrived, len(draft.drawn.tensors)))
+        ]
+
+
 class Drafter(Protocol):
     """A model that drafts, ready for inference: DSparkBlocks, or AutoregressiveBlocks."""
 
@@ -113,20 +132,19 @@ class DraftEngine:
         """RuntimeError if a page is lost or held twice."""
         self.held.check_pages()
 
-    @torch.inference_mode()
     def run(self, works: Seq[DraftWork]) -> tuple[list[BlockProposal], list[ResyncRequest]]:
         """Take in context, then draft a block for each work that wants one.
 
         A work whose context leaves a gap after what its session holds is answered with a resync
         request for that session, and concerns no other. A stale one gets no block.
         """
+        begun = self.begin(works)
+        return begun.proposals(), begun.resyncs
+
+    @torch.inference_mode()
+    def begin(self, works: Seq[DraftWork]) -> BegunDrafts:
+        """The same, without waiting for a GPU."""
         operators.spread_threads()
         rows, resyncs = self.held.take_in(works)
         drafts = self.drafter.draft(rows, self.held.wanting(rows), self._kv, CANDIDATES)
-        arrived = iter(to_host([tensor for draft in drafts for tensor in draft.drawn.tensors]))
-        proposals = [
-            proposal
-            for draft in drafts
-            for proposal in draft.proposals(*islice(arrived, len(draft.drawn.tensors)))
-        ]
-        return proposals, resyncs
+        return BegunDrafts(drafts, resyncs)

@@ -22,7 +22,7 @@ from dspark.decoding.acceptance import (
 )
 from dspark.decoding.drawing import COUPLED, GREEDY, INDEPENDENT
 from dspark.decoding.law import Cuts, target_law
-from dspark.decoding.noise import Stream, draw_key, key_tensor, uniform
+from dspark.decoding.noise import Stream, draw_key, draw_keys, key_tensor, uniform
 from dspark.kernels.cpu import operators
 from dspark.kernels.dispatch import has_triton
 from dspark.kernels.transfer import to_device, to_host
@@ -118,12 +118,12 @@ def _kind(sampling: SamplingParams) -> int:
 
 def _accept_keys(one: Judged) -> list[int]:
     seed, fence = one.request.sampling.seed, one.fence
-    return [draw_key(seed, Stream.ACCEPT, fence.epoch, fence.round, k) for k in range(one.verified)]
+    return draw_keys(seed, Stream.ACCEPT, fence.epoch, fence.round, last=range(one.verified))
 
 
 def _noise_keys(one: Judged) -> list[int]:
     seed, start = one.request.sampling.seed, one.fence.committed_len
-    return [draw_key(seed, Stream.COUPLED, start + k) for k in range(one.verified + 1)]
+    return draw_keys(seed, Stream.COUPLED, last=range(start, start + one.verified + 1))
 
 
 class _Inputs(NamedTuple):

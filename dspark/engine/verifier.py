@@ -105,7 +105,7 @@ class VerifierEngine:
         self._records = StepRecords()
         self._steps = 0
         self._forward_ended: float | None = None
-        self.drafting_s = 0.0  # features projected and blocks asked for; drafted, too, if here
+        self.drafting_s = 0.0  # features projected, blocks asked for and waited for
         self.last_report: StepReport | None = None
 
     @property
@@ -168,6 +168,9 @@ class VerifierEngine:
         if self._features is not None and out.taps is not None:
             self._features.keep(out.taps, plan.slots)
             self._features.rows(plan.slots)
+        if self.target.device.type == "cuda" and self.target.padded is not None:
+            rows = self.config.max_requests * (1 + self.block_size)
+            self.target.padded.warm_up(self.kv, rows + self.config.prefill_chunk_tokens)
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -250,7 +253,9 @@ class VerifierEngine:
         if not self.roster.running:
             return []
         operators.spread_threads()
+        received_at = time.perf_counter()
         waited_ms = self._speculation.receive(self.roster.running)
+        self.drafting_s += time.perf_counter() - received_at
         self.roster.make_room()
         turns = self._plan_turns()
         if not turns:
@@ -266,11 +271,17 @@ class VerifierEngine:
         for turn in turns:
             if not turn.emits:
                 turn.sequence.computed += turn.rows
-        self._record(turns, results, step_ms, waited_ms, round_ms, ended)
+        emitting = sum(turn.emits for turn in turns)
+        tokens = sum(turn.rows for turn in turns)
+        prefill = tokens - sum(turn.logit_rows for turn in turns)
+        this = Round(emitting, tokens, prefill, step_ms, round_ms, waited_ms)
+        self._learn(this, results)
         stepped = [turn.sequence for turn in turns]
         asked_at = time.perf_counter()
         self._speculation.ask(stepped, len(self.roster.running))
         self.drafting_s += time.perf_counter() - asked_at
+        # From here on a GPU drafts, until blocks are received: what can wait is done meanwhile.
+        self._report(this, results, ended)
         self.roster.settle(stepped)
         if not self.has_work:
             self._forward_ended = None
@@ -364,37 +375,26 @@ class VerifierEngine:
 
     # -- accounts -----------------------------------------------------------------------------
 
-    def _record(
-        self,
-        turns: list[_Turn],
-        results: list[VerificationResult],
-        step_ms: float,
-        waited_ms: float,
-        round_ms: float | None,
-        ended: float,
-    ) -> None:
-        self._steps += 1
+    def _learn(self, this: Round, results: list[VerificationResult]) -> None:
         under_way = any(s.wanted_block is not None for s in self.roster.running.values())
-        emitting = sum(turn.emits for turn in turns)
-        drafted = sum(result.drafted for result in results)
-        tokens = sum(turn.rows for turn in turns)
-        prefill = tokens - sum(turn.logit_rows for turn in turns)
-        this = Round(emitting, tokens, prefill, step_ms, round_ms, waited_ms)
         self._speculation.learn(this, results, under_way=under_way)
         if not self._speculation.looks_up:
             self._sample.add(results)
+
+    def _report(self, this: Round, results: list[VerificationResult], ended: float) -> None:
+        self._steps += 1
         width, planned = self.block_size, self._speculation.planned
         decoded = results[len(results) - planned.requests :]  # behind those of prompts
         _, waiting, free, total = self.load
         self.last_report = StepReport(
             step=self._steps,
-            step_ms=step_ms,
-            draft_wait_ms=waited_ms,
-            decode_requests=emitting,
+            step_ms=this.step_ms,
+            draft_wait_ms=this.waited_ms,
+            decode_requests=this.requests,
             waiting_requests=waiting,
-            tokens=tokens,
-            prefill_tokens=prefill,
-            drafted=drafted,
+            tokens=this.tokens,
+            prefill_tokens=this.prefill,
+            drafted=sum(result.drafted for result in results),
             verified_by_position=_by_position([r.verified for r in results], width),
             accepted_by_position=_by_position([r.accepted for r in results], width),
             committed=sum(len(result.token_ids) for result in results),
@@ -407,7 +407,7 @@ class VerifierEngine:
             predicted_tokens=0.0 if planned.found is None else planned.found.expected,
             predicted_ms=0.0 if planned.found is None else planned.found.round_ms,
             decoded_tokens=sum(len(result.token_ids) for result in decoded),
-            round_ms=round_ms or 0.0,
+            round_ms=this.round_ms or 0.0,
         )
         self._records.add(StepRecord.of(planned, self.last_report, ended, decoded))
 

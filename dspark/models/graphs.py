@@ -30,6 +30,7 @@ from dspark.kernels.attention_plan import (
     AttentionPlan,
     RowPlan,
     cut_into_tiles,
+    plan_attention,
 )
 from dspark.kernels.transfer import Packing
 from dspark.models.capture import Capture
@@ -103,6 +104,18 @@ class PaddedSteps:
         """Graphs that are held for a cache."""
         made = self._caches.get(kv)
         return 0 if made is None else len(made.steps)
+
+    def warm_up(self, kv: PagedKVCache, most_rows: int) -> None:
+        """Capture the steps of up to so many rows over few pages before anybody waits for them.
+
+        `kv` is written to. The largest come first: the others find room in their memory.
+        """
+        page = np.ones(1, dtype=np.int32)
+        sizes = self.padding.sizes(1)
+        needed = [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < most_rows]
+        for rows in reversed(needed):
+            plan = plan_attention([page] * rows, [0] * rows, [1] * rows, self._device)
+            self.run(torch.zeros(rows, dtype=torch.int64), plan, torch.arange(rows), kv)
 
     def run(
         self,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dspark.decoding import noise
-from dspark.decoding.noise import Stream, draw_key, gumbel, key_tensor, uniform
+from dspark.decoding.noise import Stream, draw_key, draw_keys, gumbel, key_tensor, uniform
 
 FALSE_ALARM = 1e-4
 
@@ -71,3 +71,12 @@ def test_draws_have_names_of_their_own() -> None:
     names_without_b = [(seed, stream, a) for seed in (0, 1) for stream in Stream for a in range(8)]
     keys = {draw_key(*name) for name in [*names, *names_without_b]}
     assert len(keys) == len(names) + len(names_without_b)
+
+
+@given(st.integers(0, 2**63 - 1), st.sampled_from(Stream), st.lists(st.integers(0, 2**40)))
+def test_names_made_together_are_those_made_one_by_one(
+    seed: int, stream: Stream, counters: list[int]
+) -> None:
+    last = range(5, 12)
+    one_by_one = [draw_key(seed, stream, *counters, k) for k in last]
+    assert draw_keys(seed, stream, *counters, last=last) == one_by_one
