@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dspark.config import EngineConfig
 from dspark.engine import drafting
 from dspark.engine import judge as judging
-from dspark.engine.draft_link import DraftLink, DraftReplies, LocalDraftLink
+from dspark.engine.draft_link import CATCH_UP_ROWS, DraftLink, DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
 from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.engine.judge import Judged, judge
@@ -376,6 +376,7 @@ class KnowingLink:
     """A drafter that knows how each request goes on, and corrupts a fifth of what it says."""
 
     latency_s = deadline_s = 0.0
+    catch_up_rows = CATCH_UP_ROWS
     available = True
 
     def __init__(self, texts: dict[str, list[int]], vocabulary: int) -> None:

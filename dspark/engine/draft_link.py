@@ -12,6 +12,11 @@ from dspark.engine.drafting import BegunDrafts, DraftEngine
 from dspark.kernels.transfer import to_host
 from dspark.types import BlockProposal, DraftWork, Fence, ResyncRequest
 
+# Context that a drafter lacks is sent a piece a round, so that nobody's block waits for long behind
+# another's prompt. To a GPU in the same process, rows are next to nothing.
+CATCH_UP_ROWS = 1024
+_CATCH_UP_ROWS_ON_GPU = 8192
+
 
 @dataclass(slots=True)
 class DraftReplies:
@@ -37,6 +42,10 @@ class DraftLink(Protocol):
     def deadline_s(self) -> float:
         """How long after submitting work its blocks are waited for."""
 
+    @property
+    def catch_up_rows(self) -> int:
+        """Rows of context that a round may send beside what the round itself has brought."""
+
     def submit(self, works: Sequence[DraftWork]) -> None:
         """Hand over one round's work; returns without waiting for a remote drafter."""
 
@@ -58,6 +67,8 @@ class LocalDraftLink:
 
     def __init__(self, engine: DraftEngine) -> None:
         self._engine = engine
+        on_gpu = engine.drafter.device.type == "cuda"
+        self.catch_up_rows = _CATCH_UP_ROWS_ON_GPU if on_gpu else CATCH_UP_ROWS
         self._begun: list[BegunDrafts] = []
 
     @property

@@ -19,9 +19,6 @@ from dspark.engine.features import FeatureStore
 from dspark.engine.sequence import Sequence
 from dspark.types import BlockProposal, DraftWork, IntArray
 
-# Context that the drafter lacks is sent a piece a round, so that nobody's block waits for long
-# behind another's prompt.
-_CATCH_UP_ROWS = 1024
 # While no blocks are wanted but soon will be, context is sent ahead; not row by row, which would
 # cost as much as drafting, nor before it must be: most requests end before blocks are wanted again.
 _LEAD = 8  # rounds
@@ -131,7 +128,7 @@ class DraftExchange:
         if not most and not self._flows(sequences, rest):
             return False
         pieces: list[tuple[Sequence, int, int, int]] = []  # whose features, start, end, block size
-        room = _CATCH_UP_ROWS
+        room = self._link.catch_up_rows
         for sequence, wanted in zip(sequences, sizes, strict=True):
             useful = sequence.remaining - 1  # tokens that a block can bring
             if sequence.finish_reason or not sequence.computed or useful <= 0:
@@ -164,7 +161,7 @@ class DraftExchange:
         lacking = sum(
             max(0, s.computed - max(s.sent_features, self._seen_from(s))) for s in sequences
         )
-        return rest <= _LEAD + lacking // _CATCH_UP_ROWS
+        return rest <= _LEAD + lacking // self._link.catch_up_rows
 
     def _seen_from(self, sequence: Sequence) -> int:
         """The first position that any coming block sees."""

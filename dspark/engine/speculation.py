@@ -47,6 +47,7 @@ class Round:
     step_ms: float
     round_ms: float | None  # None: the engine rested in between
     waited_ms: float  # of it, for blocks
+    first_use: bool = False  # something was captured in it, which takes its time once
 
 
 class Speculation:
@@ -230,7 +231,8 @@ class Speculation:
         """
         asked, self._asked = self._asked, 0
         narrow, self._narrow = self._narrow, False
-        learns = self._plan.now.policy is VerificationPolicy.ADAPTIVE and not narrow
+        adaptive = self._plan.now.policy is VerificationPolicy.ADAPTIVE
+        learns = adaptive and not narrow and not of.first_use
         if learns and self._times is not None and of.requests and of.round_ms is not None:
             self._times.record(
                 requests=of.requests,

@@ -27,6 +27,7 @@ from dspark.engine.speculation import Round, Speculation
 from dspark.errors import ConfigError, DSparkError, QueueTimeoutError
 from dspark.kernels.attention_plan import plan_attention
 from dspark.kernels.cpu import operators
+from dspark.models.capture import Capture
 from dspark.models.drafter import FeatureProjection
 from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
@@ -105,6 +106,7 @@ class VerifierEngine:
         self._records = StepRecords()
         self._steps = 0
         self._forward_ended: float | None = None
+        self._captured = Capture.made  # until then
         self.drafting_s = 0.0  # features projected, blocks asked for and waited for
         self.last_report: StepReport | None = None
 
@@ -267,6 +269,7 @@ class VerifierEngine:
         # From the end of one forward to the end of the next, unless the engine rested in between.
         round_ms = None if self._forward_ended is None else (ended - self._forward_ended) * 1e3
         self._forward_ended = ended
+        captured, self._captured = self._captured != Capture.made, Capture.made
         results = [self._commit(turn, judged[i]) for i, turn in enumerate(turns) if turn.emits]
         for turn in turns:
             if not turn.emits:
@@ -274,7 +277,7 @@ class VerifierEngine:
         emitting = sum(turn.emits for turn in turns)
         tokens = sum(turn.rows for turn in turns)
         prefill = tokens - sum(turn.logit_rows for turn in turns)
-        this = Round(emitting, tokens, prefill, step_ms, round_ms, waited_ms)
+        this = Round(emitting, tokens, prefill, step_ms, round_ms, waited_ms, captured)
         self._learn(this, results)
         stepped = [turn.sequence for turn in turns]
         asked_at = time.perf_counter()

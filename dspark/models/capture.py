@@ -15,6 +15,8 @@ _WARM_UPS = 2  # kernels are compiled, and libraries choose theirs, in the first
 class Capture:
     """Captures on one device, on a stream of its own."""
 
+    made = 0  # by all, in this process: whoever times things is told that they took longer for it
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._side = torch.cuda.Stream(device)
@@ -24,6 +26,7 @@ class Capture:
 
         `pool`: torch's handle of the memory that the graph takes.
         """
+        Capture.made += 1
         main = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
         # A capture that fails leaves its own stream current.

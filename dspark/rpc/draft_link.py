@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from dspark.engine.draft_link import DraftReplies, on_host
+from dspark.engine.draft_link import CATCH_UP_ROWS, DraftReplies, on_host
 from dspark.errors import ProtocolError
 from dspark.pb import draft_pb2 as pb
 from dspark.pb import draft_pb2_grpc
@@ -115,6 +115,11 @@ class RemoteDraftLink:
         """Running mean of the time from submitting work to its blocks; 0 before the first."""
         with self._state:
             return self._latency_s
+
+    @property
+    def catch_up_rows(self) -> int:
+        """The usual: each is some kilobytes to send."""
+        return CATCH_UP_ROWS
 
     @property
     def deadline_s(self) -> float:

@@ -12,7 +12,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from dspark.engine.draft_link import DraftReplies, on_host
+from dspark.engine.draft_link import CATCH_UP_ROWS, DraftReplies, on_host
 from dspark.rpc.draft_link import FIRST_DEADLINE_S, RemoteDraftLink
 from dspark.rpc.transport import PLAINTEXT, Transport
 from dspark.types import DraftWork
@@ -54,6 +54,11 @@ class PooledDraftLink:
         """Of the slowest link: a round's blocks are there when its are."""
         with self._state:
             return max((link.latency_s for link in self._usable() or self._links), default=0.0)
+
+    @property
+    def catch_up_rows(self) -> int:
+        """As one link's: that much is copied from a GPU, and put into messages."""
+        return CATCH_UP_ROWS
 
     @property
     def deadline_s(self) -> float:

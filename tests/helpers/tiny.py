@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dspark.config import EngineConfig
 from dspark.engine.autoregressive import AutoregressiveBlocks
-from dspark.engine.draft_link import DraftLink, DraftReplies, LocalDraftLink
+from dspark.engine.draft_link import CATCH_UP_ROWS, DraftLink, DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
 from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.engine.lookup import PromptLookup
@@ -172,6 +172,7 @@ class ScriptedLink:
     """A drafter that knows each request's continuation, and corrupts some of what it says."""
 
     latency_s = deadline_s = 0.0
+    catch_up_rows = CATCH_UP_ROWS
 
     def __init__(self, continuations: dict[str, list[int]], vocab: int, wrong: float = 0.2) -> None:
         self._continuations, self._vocab, self._wrong = continuations, vocab, wrong

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -27,12 +28,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dspark.engine import exchange, plan_in_force, verifier
+from dspark.engine import plan_in_force, verifier
 from dspark.engine.draft_link import DraftReplies, LocalDraftLink
 from dspark.engine.drafting import DraftEngine
 from dspark.engine.dspark_blocks import DSparkBlocks
 from dspark.errors import InvalidRequestError, OverloadedError
 from dspark.kernels.attention_plan import PAGE_SIZE
+from dspark.models.capture import Capture
+from dspark.models.target import TargetOutput
 from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import (
@@ -216,16 +219,14 @@ class Forgetting(RecordingLink):
 
 
 @pytest.mark.parametrize("disturbed", [Away, Forgetting, "small pieces", "small chunks"])
-def test_blocks_depend_on_committed_text_alone(
-    disturbed: type[RecordingLink] | str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_depend_on_committed_text_alone(disturbed: type[RecordingLink] | str) -> None:
     """Features lost, resent or cut up: afterwards the very same blocks are drafted."""
     drafter = tiny_drafter(TARGET)
     undisturbed = blocks_of(RecordingLink(drafter))
-    kind = disturbed if isinstance(disturbed, type) else RecordingLink
+    link = (disturbed if isinstance(disturbed, type) else RecordingLink)(drafter)
     if disturbed == "small pieces":
-        monkeypatch.setattr(exchange, "_CATCH_UP_ROWS", 3)
-    got = blocks_of(kind(drafter), prefill_chunk_tokens=3 if disturbed == "small chunks" else 256)
+        link.catch_up_rows = 3
+    got = blocks_of(link, prefill_chunk_tokens=3 if disturbed == "small chunks" else 256)
     common = undisturbed.keys() & got.keys()
     assert len(common) > 25
     assert max(common)[1] > 60  # to the end, not only until the disturbance
@@ -288,6 +289,29 @@ def test_an_adaptive_engine_verifies_nothing_that_does_not_pay() -> None:
         tally = run(engine, [request()])
         assert tally.tokens["a"] == plain(request())
         assert (tally.verified > 0) is pays
+
+
+def test_rounds_in_which_something_was_captured_say_nothing_of_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded: list[object] = []
+    monkeypatch.setattr(RoundTimes, "record", lambda _, **round_of: recorded.append(round_of))
+    monkeypatch.setattr(Capture, "made", 0)
+    target, steps = tiny_target(), 0
+    honest = target.forward
+
+    def forward(*step: Any) -> TargetOutput:
+        nonlocal steps
+        steps += 1
+        Capture.made += steps % 3 == 0
+        return honest(*step)
+
+    monkeypatch.setattr(target, "forward", forward)
+    engine = tiny_engine(target, tiny_drafter(target), policy="adaptive")
+    engine.table = flat_table((1, 8), (1, 5), ((10.0, 10.0), (10.0, 10.0)))
+    run(engine, [request()])
+    assert steps > 9
+    assert len(recorded) == steps - 1 - Capture.made  # the first follows no other
 
 
 def test_what_pays_depends_on_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
