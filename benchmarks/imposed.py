@@ -161,6 +161,8 @@ SHAPES: dict[str, dict[str, Any]] = {"tiny": _TINY, **MODELS}
 
 def imposed_verifier(shape: str, trace: Trace, config: EngineConfig, device: str) -> VerifierEngine:
     """Target and drafter of that shape in this process, ready to serve, with a step-time table."""
+    if device != "cpu":
+        torch.set_num_threads(1)  # as the engine has it beside a GPU
     settings = {**QWEN3, **SHAPES[shape]}
     layers = settings["num_hidden_layers"]
     taps = tuple(sorted({1, layers // 4, layers // 2, 3 * layers // 4, layers - 2} - {layers - 1}))

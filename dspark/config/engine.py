@@ -23,7 +23,7 @@ class ModelConfig:
     drafter: str = ""
     dtype: str = "bfloat16"
     device: str = "cpu"
-    threads: int = 0  # torch threads of a replica; 0: torch's own choice
+    threads: int = 0  # torch threads of a replica; 0: torch's choice on a CPU, one beside a GPU
     # What a request says is the same to the bit whatever else is in a step. Always so on the CPU's
     # bfloat16 operators; on a GPU it takes kernels that are slower.
     batch_invariant: bool = False

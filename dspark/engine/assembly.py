@@ -51,8 +51,7 @@ class LoadedTarget:
 
 def load_target(model: ModelConfig) -> LoadedTarget:
     """Load the target with taps for its drafter."""
-    if model.threads:
-        torch.set_num_threads(max(1, model.threads // model.tensor_parallel))
+    _use_threads(model)
     folder = drafter_folder(model)
     dtype: torch.dtype = getattr(torch, model.dtype)
     reads_tokens = folder is not None and is_causal_lm(folder)
@@ -86,6 +85,14 @@ def load_target(model: ModelConfig) -> LoadedTarget:
     )
 
 
+def _use_threads(model: ModelConfig) -> None:
+    if model.threads:
+        torch.set_num_threads(max(1, model.threads // model.tensor_parallel))
+    elif model.device != "cpu":
+        # The host only prepares steps: helpers would do little and, between steps, wait in a loop.
+        torch.set_num_threads(1)
+
+
 def _block_size(config: DrafterConfig | None, reads_tokens: bool) -> int:
     if config is not None:
         return config.block_size
@@ -99,6 +106,7 @@ def load_draft_engine(
 
     Shares the ends of a `target` that is there; otherwise they are read from its files.
     """
+    _use_threads(model)
     folder = drafter_folder(model)
     if folder is None:
         raise ConfigError(

@@ -20,6 +20,7 @@ from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
 
 BLOCK_SIZE = 4  # γ; each of its tokens is a pass of the drafter
+_WARM_ROWS = 64  # sessions at once: more are rare, and soon captured
 
 
 class AutoregressiveBlocks:
@@ -72,6 +73,11 @@ class AutoregressiveBlocks:
                     kv,
                 )
         return [Draft(works, rules.kinds.tolist(), drawn.blocks)]
+
+    def warm_up(self, kv: PagedKVCache, candidates: int) -> None:
+        """See Drafter."""
+        if self._model.padded is not None:
+            self._model.padded.warm_up(kv, _WARM_ROWS)
 
     def _take_in(
         self, wave: Seq[Rows], wanting: frozenset[Rows], kv: PagedKVCache

@@ -90,6 +90,9 @@ class Drafter(Protocol):
     ) -> list[Draft]:
         """Write all rows, in order; then a block after each of those that want one."""
 
+    def warm_up(self, kv: PagedKVCache, candidates: int) -> None:
+        """On a GPU: capture what blocks take, before anybody waits for it."""
+
 
 class DraftEngine:
     """Drafts blocks. Not thread-safe: one thread owns it."""
@@ -109,6 +112,7 @@ class DraftEngine:
         """Sessions that hold context."""
         return len(self.held.names)
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Pay for first uses, the cache's memory above all, before the first work comes."""
         width = self.drafter.feature_width
@@ -123,6 +127,8 @@ class DraftEngine:
         )
         self.run([work])
         self.free("")
+        if self.drafter.device.type == "cuda":
+            self.drafter.warm_up(self._kv, CANDIDATES)
 
     def free(self, session: str) -> None:
         """Forget a session; an unknown one is nothing to do."""

@@ -43,6 +43,14 @@ class DSparkBlocks:
             of.setdefault(row.work.block_size, []).append(row)
         return [self._draft(own, size, kv, candidates) for size, own in sorted(of.items())]
 
+    def warm_up(self, kv: PagedKVCache, candidates: int) -> None:
+        """See Drafter."""
+        self._forward.warm_up(kv, self._window(self.block_size), candidates)
+
+    def _window(self, size: int) -> int | None:
+        """Keys that the rows of a block see: its own, and the context."""
+        return self.context_window + self.rows(size) if self.context_window else None
+
     def _write(self, rows: Seq[Rows], kv: PagedKVCache) -> None:
         if not rows:
             return
@@ -58,14 +66,14 @@ class DSparkBlocks:
 
     def _draft(self, wanting: Seq[Rows], size: int, kv: PagedKVCache, candidates: int) -> Draft:
         works = [row.work for row in wanting]
-        window, rows = self.context_window, self.rows(size)
+        rows = self.rows(size)
         plan = plan_attention(
             [row.session.pages for row in wanting],
             [row.session.length for row in wanting],
             [rows] * len(works),
             self.device,
             block=True,
-            window=window + rows if window else None,
+            window=self._window(size),
         )
         anchors = torch.tensor([w.anchor_token_id for w in works])
         tokens = self._drafter.block_tokens(anchors, size).flatten()

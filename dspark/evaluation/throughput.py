@@ -147,18 +147,18 @@ class Users:
     def work(self, seconds: float) -> Turn:
         """Serve for about so long."""
         self._step()  # what the arm before has asked for is not this one's
-        results: list[VerificationResult] = []
+        tokens = verified = steps = 0
         drafted_s, stepped_ms = self._verifier.drafting_s, 0.0
         started = time.perf_counter()
         while (took := time.perf_counter() - started) < seconds:
-            results += self._step()
+            for result in self._step():
+                tokens += len(result.token_ids)
+                verified += result.verified
+                steps += 1
             report = self._verifier.last_report
             assert report is not None
             stepped_ms += report.step_ms
-        tokens = sum(len(result.token_ids) for result in results)
-        verified = sum(result.verified for result in results)
         busy_s = self._verifier.drafting_s - drafted_s + stepped_ms / 1e3
-        steps = len(results)
         return Turn(tokens / took, tokens / steps, verified / steps, busy_s / took)
 
     def leave(self) -> None:

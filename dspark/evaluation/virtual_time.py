@@ -166,6 +166,9 @@ class _Drafter:
             of.setdefault(row.work.block_size, []).append(row)
         return [self._draft(own, size) for size, own in sorted(of.items())]
 
+    def warm_up(self, kv: PagedKVCache, candidates: int) -> None:
+        pass
+
     def _draft(self, wanting: Sequence[Rows], size: int) -> Draft:
         self._passing.spend(self._passing.machine.draft_ms(len(wanting), size))
         works = [row.work for row in wanting]

@@ -42,6 +42,15 @@ class CapturedContext:
         self._caches: WeakKeyDictionary[PagedKVCache, dict[int, _Static]] = WeakKeyDictionary()
         self.failed = False  # a capture did; rows are written as they are from then on
 
+    def warm_up(self, features: torch.Tensor, kv: PagedKVCache) -> None:
+        """Capture all sizes before anybody waits for them; `features` [1, d] are of any values.
+
+        The largest come first: the others find room in their memory.
+        """
+        for rows in reversed(KERNELS.rows):
+            nowhere = torch.full((rows,), NOWHERE)
+            self.run(features.expand(rows, -1), torch.zeros(rows, dtype=torch.int64), nowhere, kv)
+
     def run(
         self,
         features: torch.Tensor,  # [N, d]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dspark.decoding.drawing import GREEDY, DrawnBlocks, DrawRules
+from dspark.decoding.drawing import GREEDY, INDEPENDENT, DrawnBlocks, DrawRules
 from dspark.kernels.transfer import Packing, to_device
 from dspark.models.capture import Capture
 
@@ -44,6 +44,20 @@ class CapturedDraw:
         self._pool: Any = None  # torch's handle of the memory that the graphs share
         self._shapes: OrderedDict[Shape, _Static] = OrderedDict()
         self.failed = False  # a capture did; draws run as they are from then on
+
+    def warm_up(self, hidden: torch.Tensor, candidates: int) -> None:
+        """Capture all draws of blocks of this length before anybody waits for them.
+
+        `hidden` [1, B, d] are of any values. The largest come first: the others find room in their
+        memory.
+        """
+        sessions = _MOST_SESSIONS
+        while sessions:
+            for kind in (GREEDY, INDEPENDENT):
+                rules = _rules(sessions, hidden.shape[1], kind)
+                anchors = torch.zeros(sessions, dtype=torch.int64)
+                self.run(hidden.expand(sessions, -1, -1), anchors, rules, candidates)
+            sessions //= 2
 
     def run(
         self,
@@ -101,6 +115,16 @@ class CapturedDraw:
         return True
 
 
+def _rules(sessions: int, size: int, kind: int) -> DrawRules:
+    return DrawRules(
+        kinds=torch.full((sessions,), kind),
+        temperature=torch.ones(sessions),
+        top_k=torch.zeros(sessions, dtype=torch.int64),
+        top_p=torch.ones(sessions),
+        keys=torch.zeros(sessions, size, dtype=torch.int64),
+    )
+
+
 @dataclass(init=False, slots=True)
 class _Static:
     """The inputs of one shape, its graph and what that writes."""
@@ -118,13 +142,7 @@ class _Static:
         self.hidden = hidden.new_zeros(padded, *hidden.shape[1:])
         self.graph, self.drawn = None, None
         # Padding: greedy sessions, whose tokens nobody asks for.
-        nobody = DrawRules(
-            kinds=torch.full((padded,), GREEDY),
-            temperature=torch.ones(padded),
-            top_k=torch.zeros(padded, dtype=torch.int64),
-            top_p=torch.ones(padded),
-            keys=torch.zeros(padded, hidden.shape[1], dtype=torch.int64),
-        )
+        nobody = _rules(padded, hidden.shape[1], GREEDY)
         padding = [torch.zeros(padded, dtype=torch.int64), *nobody.tensors]
         self._packing = Packing(padding)
         self._padding = self._packing.fill(self._packing.buffer("cpu"), padding)

@@ -69,6 +69,12 @@ class DraftForward(Protocol):
     ) -> DrawnBlocks:
         """Left to right: bias, confidence, draw."""
 
+    def warm_up(self, kv: PagedKVCache, window: int | None, candidates: int) -> None:
+        """On a GPU: capture what is captured, for whole blocks, before anybody waits for it.
+
+        `window`: of the blocks' plans.
+        """
+
 
 def draft_forward(drafter: DSparkDrafter) -> DraftForward:
     """The fastest way to run a frozen drafter as it is: type, device, family."""
@@ -159,6 +165,13 @@ class ModuleDraftForward:
             candidate_probs=torch.stack(probs, 1),
         )
 
+    def warm_up(self, kv: PagedKVCache, window: int | None, candidates: int) -> None:
+        """See DraftForward."""
+        if self._kernels is not None:
+            config, like = self._drafter.config, self._drafter.norm.weight
+            hidden = like.new_zeros(1, config.block_size, config.hidden_size)
+            self._kernels.warm_up(hidden, candidates)
+
     def _draw_by_kernels(
         self,
         hidden: torch.Tensor,
@@ -222,6 +235,13 @@ class TritonDraftForward(ModuleDraftForward):
             tokens, every_row = plan.move(tokens, every_row)
             out = self._run(tokens, plan, every_row, kv)
         return out[0]
+
+    def warm_up(self, kv: PagedKVCache, window: int | None, candidates: int) -> None:
+        """See DraftForward."""
+        super().warm_up(kv, window, candidates)
+        features = self._drafter.norm.weight.new_zeros(1, self._drafter.config.hidden_size)
+        self._context.warm_up(features, kv)
+        self._padded.warm_up(kv, KERNELS.rows[-1], window=window)
 
     def _run(
         self,
@@ -334,6 +354,9 @@ class FusedDraftForward:
         return operators.draw_blocks(
             self._head(hidden), hidden, anchors, self._block_head, rules, candidates
         )
+
+    def warm_up(self, kv: PagedKVCache, window: int | None, candidates: int) -> None:
+        """See DraftForward."""
 
 
 class _ContextProjection:

@@ -105,7 +105,7 @@ class PaddedSteps:
         made = self._caches.get(kv)
         return 0 if made is None else len(made.steps)
 
-    def warm_up(self, kv: PagedKVCache, most_rows: int) -> None:
+    def warm_up(self, kv: PagedKVCache, most_rows: int, *, window: int | None = None) -> None:
         """Capture the steps of up to so many rows over few pages before anybody waits for them.
 
         `kv` is written to. The largest come first: the others find room in their memory.
@@ -114,7 +114,9 @@ class PaddedSteps:
         sizes = self.padding.sizes(1)
         needed = [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < most_rows]
         for rows in reversed(needed):
-            plan = plan_attention([page] * rows, [0] * rows, [1] * rows, self._device)
+            plan = plan_attention(
+                [page] * rows, [0] * rows, [1] * rows, self._device, window=window
+            )
             self.run(torch.zeros(rows, dtype=torch.int64), plan, torch.arange(rows), kv)
 
     def run(

@@ -44,7 +44,8 @@ _WIDE_SHARE = 0.002  # of the time, spent on drafting for all where it looks hop
 _UNMEASURED_PROBES = 2  # before drafting for all is timed at a load, however bad it looks
 _PROBE_SHARE = 0.004  # of the time, spent on probing in the long run
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 2048  # rounds
-_SHORT_PAUSE = 4  # the first at a load where drafting may pay and has not been timed
+_HOPEFUL_PROBES = 3  # that come soon at a load where drafting may pay and has not been timed
+_SHORT_PAUSE = 4  # before each of them
 _PAUSE_GROWTH = 4  # a start is over after few probes, and what loses then mostly goes on losing
 _LEAST_GAIN = 1.0
 # Gain over verifying whole blocks, from which they are trimmed: more than times may be wrong by.
@@ -208,7 +209,7 @@ class DraftGate:
         known = self._times.knows_drafting(requests)
         cost = self._times.draft_ms(requests, most) / self._times.plain_ms(requests)
         hopeless = self._gain < _CLOSE_CALL and (known or closed.probes < _UNMEASURED_PROBES)
-        if hopeful := self._hope > _LEAST_GAIN and not (known or closed.probes):
+        if hopeful := self._hope > _LEAST_GAIN and not known and closed.probes < _HOPEFUL_PROBES:
             hopeless = False
         # What a few blocks do not show is what rounds with blocks for all take. That may have been
         # measured at an odd moment, or have been so then.

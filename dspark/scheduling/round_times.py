@@ -273,7 +273,7 @@ class RoundTimes:
     ) -> float:
         """What drafting blocks of `size`, and all else beside the step, take of a round.
 
-        `grows`: in proportion, beyond what is known; else it is thought the same for any load.
+        `grows`: as steps do, beyond what is known; else it is thought the same for any load.
         """
         beside = self._of(requests, lambda load: load.usual_draft_ms(size), grows=grows)
         wait = self._of(requests, lambda load: load.wait_ms.usual, grows=grows) if waits else 0.0
@@ -384,7 +384,12 @@ class RoundTimes:
         loads = sorted(known)
         nearest = min(max(requests, loads[0]), loads[-1])
         within = float(np.interp(nearest, loads, [known[r] for r in loads]))
-        return within * (requests if grows else min(requests, nearest)) / nearest
+        if not grows or requests <= nearest:
+            return within * min(requests, nearest) / nearest
+        # As whole blocks' steps grow: in proportion on a CPU, hardly at all on a GPU.
+        rows = self.table.rows[-1]
+        steps_ms = [self._now.ms(n, n * rows) for n in (nearest, requests)]
+        return within * steps_ms[1] / steps_ms[0]
 
     def _known(self, value: Callable[[_Load], float | None]) -> dict[int, float]:
         """By the largest number of requests of a load."""
