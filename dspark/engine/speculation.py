@@ -75,6 +75,7 @@ class Speculation:
         self._verification = Verification(config, self._judges, self.classes, calibration)
         self._asked = 0  # length of blocks asked for in the round that ends with the next step
         self._narrow = False  # and that they are for a few of the requests
+        self._ended = 0, False  # the same of the round before
         self._drafting = 0  # length of blocks that the gate last let through
         self._rows = 1.0  # target rows of a request in the last step that decoded
         self._demand = DraftDemand()
@@ -225,12 +226,11 @@ class Speculation:
     # -- after it -----------------------------------------------------------------------------
 
     def learn(self, of: Round, results: Seq[VerificationResult], *, under_way: bool) -> None:
-        """Take in what a step took and what came of its drafts.
+        """Take in what a step took and what came of its drafts, when the next are asked for.
 
         `under_way`: others were drafted for meanwhile.
         """
-        asked, self._asked = self._asked, 0
-        narrow, self._narrow = self._narrow, False
+        asked, narrow = self._ended
         adaptive = self._plan.now.policy is VerificationPolicy.ADAPTIVE
         learns = adaptive and not narrow and not of.first_use
         if learns and self._times is not None and of.requests and of.round_ms is not None:
@@ -256,6 +256,7 @@ class Speculation:
         What the drafter is not sent now is sent when it is there again.
         """
         plan, lookup = self._plan.now, self._lookup
+        self._ended, self._asked, self._narrow = (self._asked, self._narrow), 0, False
         self._drafting = 0
         self._demand.rounds += 1
         sequences = [s for s in stepped if s.request.sampling.speculate]

@@ -278,12 +278,16 @@ class VerifierEngine:
         tokens = sum(turn.rows for turn in turns)
         prefill = tokens - sum(turn.logit_rows for turn in turns)
         this = Round(emitting, tokens, prefill, step_ms, round_ms, waited_ms, captured)
-        self._learn(this, results)
+        under_way = any(s.wanted_block is not None for s in self.roster.running.values())
+        looked_up = self._speculation.looks_up
         stepped = [turn.sequence for turn in turns]
         asked_at = time.perf_counter()
         self._speculation.ask(stepped, len(self.roster.running))
         self.drafting_s += time.perf_counter() - asked_at
         # From here on a GPU drafts, until blocks are received: what can wait is done meanwhile.
+        self._speculation.learn(this, results, under_way=under_way)
+        if not looked_up:
+            self._sample.add(results)
         self._report(this, results, ended)
         self.roster.settle(stepped)
         if not self.has_work:
@@ -377,12 +381,6 @@ class VerifierEngine:
         self._speculation.free(session)
 
     # -- accounts -----------------------------------------------------------------------------
-
-    def _learn(self, this: Round, results: list[VerificationResult]) -> None:
-        under_way = any(s.wanted_block is not None for s in self.roster.running.values())
-        self._speculation.learn(this, results, under_way=under_way)
-        if not self._speculation.looks_up:
-            self._sample.add(results)
 
     def _report(self, this: Round, results: list[VerificationResult], ended: float) -> None:
         self._steps += 1

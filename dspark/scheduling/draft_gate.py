@@ -36,7 +36,9 @@ _GRAIN = 16  # prompt tokens that capacities are told apart by
 _EXPLORE = 64  # rounds at least between those that are run to learn of other lengths, or of none
 _EXPLORE_SHARE = 0.003  # of the time, spent on each of the two at most
 _NONE_ROUNDS = 4  # without drafts in a row: the first is not like others
-_FIRST_LOOK = 6  # rounds before the first of those at a load where none have been timed
+_FIRST_LOOK = 6  # rounds before the first of those at a load
+_LOOK_GROWTH = 4  # and before each further one, until they are as far apart as their cost wants
+_OTHER_ROUNDS = 2  # of another length in a row, for the same reason
 _PROBE_ROUNDS = 3  # in a row, so that what only the first of them suffers from does not count
 _PROBE_WIDTH = 4  # requests that a probe drafts for where it cannot be close
 _CLOSE_CALL = 0.9  # gain; what is below is not put down to a mistake about times
@@ -93,7 +95,8 @@ class DraftGate:
         self._capacities_from = 0
         self._since_none = self._since_other = 0  # rounds since some were run to learn
         self._turn = 0  # which length is the next to learn of
-        self._looked: set[int] = set()  # loads where some without drafts were run for a first look
+        self._other = self._others = 0  # that is learnt of now, and for how many rounds yet
+        self._looks: defaultdict[int, int] = defaultdict(int)  # by load: runs without drafts so far
         self._closed: defaultdict[int, _Closed] = defaultdict(_Closed)  # by load
         self.width: int | None = None  # requests that the next blocks are for; None: all
 
@@ -184,7 +187,7 @@ class DraftGate:
         elsewhere = not self._gains or load != load_of(self._requests)  # than the last estimate
         estimates = (learns and self._age >= _EVERY) or timed or elsewhere
         if estimates:
-            if elsewhere and load not in self._looked:  # or a look would be cut short
+            if elsewhere and not self._looks[load]:  # or a look would be cut short
                 self._since_none = min(self._since_none, _FIRST_LOOK)
             self._requests, self._age = requests, 0
             self._estimate(requests, most, latency_ms, search)
@@ -232,24 +235,29 @@ class DraftGate:
         best, gain = min(self._size, most), max(self._gain, _LEAST_GAIN)
         self._since_none += 1
         self._since_other += 1
-        none_from = _EXPLORE  # what the first rounds of a load say of none is the table's word
         load = load_of(self._requests)
-        if not (load in self._looked or self._times.knows_plain(self._requests)):
-            none_from = _FIRST_LOOK
-        elif self._times.compares(self._requests):
-            none_from = _apart(_NONE_ROUNDS * (1.0 - 1.0 / gain))
+        # What the first rounds of a load say of none is the table's word, and what a single look
+        # does may be an odd moment's.
+        none_from = min(
+            _FIRST_LOOK * _LOOK_GROWTH ** self._looks[load],
+            _apart(_NONE_ROUNDS * (1.0 - 1.0 / gain)),
+        )
         if self._since_none > none_from:
             if self._since_none >= none_from + _NONE_ROUNDS:
                 self._since_none, self._age = 0, _EVERY  # to be judged by what they showed
-                self._looked.add(load)
+                self._looks[load] += 1
             return 0
+        if self._others:
+            self._others -= 1
+            return min(self._other, most)
         sizes = lengths(most)
         # Only whole blocks say what later positions are worth.
         other = sizes[self._turn // 2 % len(sizes)] if self._turn % 2 else most
-        if self._since_other <= _apart(1.0 - self._gains.get(other, gain) / gain):
+        if self._since_other <= _apart(_OTHER_ROUNDS * (1.0 - self._gains.get(other, gain) / gain)):
             return best
         self._since_other = 0
         self._turn += 1
+        self._other, self._others = other, _OTHER_ROUNDS - 1
         return other
 
     def _estimate(self, requests: int, most: int, latency_ms: float, search: Search) -> None:

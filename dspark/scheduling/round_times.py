@@ -167,7 +167,7 @@ class RoundTimes:
         self._prompt_steps: deque[_Step] = deque(maxlen=_NEAR)
         self._prompts_in_a_row = 0  # steps with them
         self._slow = 1.0  # steps of late over what is usual
-        self._drafted, self._in_a_row = False, 0  # the last rounds
+        self._drafted, self._in_a_row = 0, 0  # the last rounds
         self._corrections: dict[int, _Correction] = {}  # by requests, as far as known
         # By requests, block size, and whether blocks are waited for; from `requests` tokens on.
         self._known_rounds: dict[tuple[int, int, bool], DoubleArray] = {}
@@ -193,14 +193,15 @@ class RoundTimes:
     ) -> None:
         """A round took so long.
 
-        The first after a change between drafting and none is left out, since it pays for that.
+        The first after a change between drafting and none, or of the blocks' length, is left out,
+        since it pays for that.
         """
         self._age += 1
         if self._age >= _KNOWN:
             self._age = 0
             self._known_rounds.clear()
-        if bool(drafted) != self._drafted:
-            settled, self._drafted, self._in_a_row = self._in_a_row > 1, bool(drafted), 1
+        if drafted != self._drafted:
+            settled, self._drafted, self._in_a_row = self._in_a_row > 1, drafted, 1
             if settled:
                 return
         else:
@@ -247,14 +248,6 @@ class RoundTimes:
     def knows_length(self, requests: int, size: int) -> bool:
         """Whether rounds with blocks of `size` have been, at this load."""
         return len(self._at(requests).draft_ms.get(size, ())) >= _LEAST
-
-    def knows_plain(self, requests: int) -> bool:
-        """Whether rounds without have been, at this load."""
-        return self._at(requests).usual_plain_ms is not None
-
-    def compares(self, requests: int) -> bool:
-        """Whether steps with drafts have been held against those without at this load."""
-        return self._at(requests).usual_widening is not None
 
     def step_ms(self, requests: int, tokens: float) -> float:
         """A step of `tokens` target tokens in all."""

@@ -91,6 +91,7 @@ def experienced(
     for turn in range(60):
         drafted = turn // 10 % 2 == 0
         speculation._asked = GAMMA if drafted else 0
+        speculation._ended = speculation._asked, False
         tokens = requests * (GAMMA + 1 if drafted else 1)
         if drafted:
             speculation.verification(sequences([usual] * requests), 0, requests)
