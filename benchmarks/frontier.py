@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--drafter", default="", help="default: the one shipped for the target")
     parser.add_argument("--concurrency", default="1,2,4,8,16,32,64")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--settle", type=float, default=0.0, help="s to learn of each load first")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=Path, help="JSONL; default: those of dspark bench")
     parser.add_argument("--device", default="cpu")
@@ -64,6 +65,7 @@ def main() -> None:
         concurrencies=levels,
         max_tokens=options.tokens,
         rounds=options.rounds,
+        settle_s=options.settle,
         fixed_lengths=(1, 0),
     )
     result = {"cells": [asdict(cell) for cell in cells], **provenance()}

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--concurrency", default="1,2,4,8,16,32")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--settle", type=float, default=0.0, help="s to learn of each load first")
     parser.add_argument("--fixed", default="1,2", help="lengths to compare; 0: whole blocks")
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--drafter", default="")
@@ -69,6 +70,7 @@ def main() -> None:
             concurrencies=levels,
             max_tokens=options.tokens,
             rounds=options.rounds,
+            settle_s=options.settle,
             fixed_lengths=[int(part) for part in options.fixed.split(",")],
         )
     table = Table(title=f"{options.target}, drafter behind gRPC, medians of {options.rounds} turns")

@@ -58,9 +58,13 @@ def measure(
     rounds: int,
     fixed_lengths: Sequence[int] = (0,),
     turn_s: float = 1.0,
+    settle_s: float = 0.0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ThroughputCell]:
-    """Greedy answers of exactly `max_tokens` to `prompts` in turn, whatever stop tokens come."""
+    """Greedy answers of exactly `max_tokens` to `prompts` in turn, whatever stop tokens come.
+
+    `settle_s`: how long adaptive may learn of each concurrency before turns are counted.
+    """
     cells = []
     plans = arms(fixed_lengths)
     total, done = len(concurrencies) * rounds * len(plans), 0
@@ -69,6 +73,9 @@ def measure(
     try:
         for concurrency in concurrencies:
             users = Users(verifier, prompts, concurrency, max_tokens)
+            if settle_s:
+                verifier.set_plan(plans["adaptive"])
+                users.work(settle_s)
             turns: dict[str, list[Turn]] = {arm: [] for arm in plans}
             for _ in range(rounds):
                 for arm, plan in shuffled.sample(list(plans.items()), len(plans)):

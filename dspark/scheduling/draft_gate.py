@@ -95,6 +95,7 @@ class DraftGate:
         self._capacities_from = 0
         self._since_none = self._since_other = 0  # rounds since some were run to learn
         self._turn = 0  # which length is the next to learn of
+        self._looking = False  # rounds without drafts are run to learn
         self._other = self._others = 0  # that is learnt of now, and for how many rounds yet
         self._looks: defaultdict[int, int] = defaultdict(int)  # by load: runs without drafts so far
         self._closed: defaultdict[int, _Closed] = defaultdict(_Closed)  # by load
@@ -133,7 +134,12 @@ class DraftGate:
 
     @property
     def rest(self) -> int:
-        """Rounds until blocks are asked for again; 0 while they are."""
+        """Rounds until blocks are asked for again; 0 while they are.
+
+        Many in those that are run to learn of rounds without: these send no context ahead either.
+        """
+        if self._looking:
+            return _LONGEST_PAUSE
         return 0 if self._size else self._closed[load_of(self._requests)].rest
 
     @property
@@ -175,7 +181,7 @@ class DraftGate:
         `latency_ms`: how long after they are asked for blocks come, if other steps may run
         meanwhile. `search`: as the blocks will be planned.
         """
-        self.width = None
+        self.width, self._looking = None, False
         if not self._known:
             return most
         self._rounds += 1
@@ -246,6 +252,7 @@ class DraftGate:
             if self._since_none >= none_from + _NONE_ROUNDS:
                 self._since_none, self._age = 0, _EVERY  # to be judged by what they showed
                 self._looks[load] += 1
+            self._looking = True
             return 0
         if self._others:
             self._others -= 1

@@ -41,6 +41,9 @@ from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import DoubleArray
 
 _MEMORY = 15  # rounds that a median is over
+# And that of a block's length: most lengths have few rounds, and what a busy host made of one of
+# them would be believed for long.
+_LENGTH_MEMORY = 5
 _SPEED_MEMORY = 5  # steps; a change of speed must be known before the other medians follow it
 _NEAR = 8  # steps within which kinds meet
 _KNOWN = 8  # rounds that times may be old, where they are asked for each round
@@ -57,9 +60,10 @@ def load_of(requests: int) -> int:
 class _Recent:
     """The latest values of something, and their median."""
 
-    __slots__ = ("_rising", "_values", "usual")
+    __slots__ = ("_memory", "_rising", "_values", "usual")
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int = _MEMORY) -> None:
+        self._memory = memory
         self._values: deque[float] = deque()
         self._rising: list[float] = []  # the same
         self.usual: float | None = None
@@ -70,7 +74,7 @@ class _Recent:
     def add(self, value: float) -> bool:
         """Whether the median is another now."""
         before, rising = self.usual, self._rising
-        if len(self._values) == _MEMORY:
+        if len(self._values) == self._memory:
             del rising[bisect_left(rising, self._values.popleft())]
         self._values.append(value)
         insort(rising, value)
@@ -117,7 +121,7 @@ class _Load:
     wide_rows: _Recent = field(default_factory=_Recent)  # rows a request in wide steps
     plain_ms: _Recent = field(default_factory=_Recent)  # of a round beside its step
     draft_ms: defaultdict[int, _Recent] = field(  # the same, with blocks of so many tokens
-        default_factory=lambda: defaultdict(_Recent)
+        default_factory=lambda: defaultdict(lambda: _Recent(_LENGTH_MEMORY))
     )
     wait_ms: _Recent = field(default_factory=_Recent)  # for blocks, with nothing else to do
 

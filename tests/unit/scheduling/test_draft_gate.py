@@ -209,6 +209,16 @@ def test_rounds_without_are_looked_at_soon_at_a_new_load() -> None:
         assert verifier.rounds(GOOD, 300, requests) >= 290  # and again, but more and more rarely
 
 
+def test_rounds_without_send_no_context_ahead() -> None:
+    """Plain decoding would not, and it is plain decoding that they stand for."""
+    verifier = Verifier()
+    rests = set()
+    for _ in range(100):
+        drafted = verifier.rounds(GOOD, 1)
+        rests.add((drafted, min(verifier.gate.rest, 100)))
+    assert rests == {(1, 0), (0, 100)}
+
+
 def test_drafting_is_timed_soon_where_it_pays_if_it_takes_no_longer() -> None:
     """As on a GPU, which drafts for sixteen in the time that it takes for one."""
     verifier = Verifier(draft_ms=8.0)
