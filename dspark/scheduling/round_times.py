@@ -32,6 +32,7 @@ from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -149,10 +150,13 @@ class _Load:
             for length, times in self.draft_ms.items()
             if len(times) >= _LEAST and times.usual is not None
         }
+        sizes = sorted(known)
+        # No block takes longer than a longer one: if it seems so, it was timed at an odd moment.
+        for longer, shorter in pairwise(sizes[::-1]):
+            known[shorter] = min(known[shorter], known[longer])
         if not known or size in known:
             return known.get(size)
         plain = self.usual_plain_ms or 0.0
-        sizes = sorted(known)
         nothing = plain + _FIXED_SHARE * max(0.0, known[sizes[0]] - plain)
         return float(np.interp(size, [0, *sizes], [nothing, *(known[s] for s in sizes)]))
 

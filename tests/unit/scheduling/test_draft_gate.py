@@ -191,6 +191,17 @@ def test_a_load_that_was_never_seen_is_judged_by_its_neighbours() -> None:
     assert verifier.rounds(BAD, 16, requests=16) == 0, "what cannot pay must not be tried"
 
 
+def test_no_block_is_thought_to_take_longer_than_a_longer_one() -> None:
+    """As after a moment in which the host was busy with other things."""
+    times = RoundTimes(TABLE)
+    for drafted, took_ms in ((1, 2.0), (2, 9.0), (4, 5.0)):
+        for _ in range(6):
+            times.record(requests=1, tokens=1, drafted=drafted, step_ms=1.0, round_ms=1.0 + took_ms)
+    at = [times.draft_ms(1, size) for size in (1, 2, 3, 4)]
+    assert at == sorted(at)
+    assert at[1] == at[3] == pytest.approx(times.draft_ms(1, 1) * 5.0 / 2.0)
+
+
 def test_plain_rounds_are_not_thought_dear_for_what_few_requests_saw() -> None:
     """As when many users come at once: the first rounds, of few, do much beside their step."""
     times = RoundTimes(TABLE)
