@@ -26,7 +26,7 @@ from dspark.models.capture import Capture
 log = logging.getLogger(__name__)
 
 _MOST_SESSIONS = 64  # beyond, kernels take longer than launching them
-_MOST_GRAPHS = 32  # the least recently used goes
+_MOST_GRAPHS = 64  # sizes by lengths and kinds; the least recently used goes
 
 # From hidden states [S, B, d], anchors [S], rules, K and whether all are greedy to what is drawn.
 Draw = Callable[[torch.Tensor, torch.Tensor, DrawRules, int, bool], DrawnBlocks]

@@ -189,7 +189,7 @@ class ModuleDraftForward:
 
 
 class TritonDraftForward(ModuleDraftForward):
-    """The Triton kernels. What has few rows runs in padded shapes, captured on a GPU."""
+    """The Triton kernels, in padded shapes, captured on a GPU, up to some hundred rows."""
 
     def __init__(self, drafter: DSparkDrafter) -> None:
         """Makes views of the drafter's weights."""

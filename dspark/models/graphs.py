@@ -38,7 +38,7 @@ from dspark.models.kv_cache import NOWHERE, PagedKVCache
 
 log = logging.getLogger(__name__)
 
-_MOST_GRAPHS = 64  # of one cache; the least recently used goes
+_MOST_GRAPHS = 128  # of one cache: all sizes at six widths. The least recently used goes
 
 Shape = tuple[int, int]  # T, W
 Kind = tuple[int, int, int | None]  # T, W, and the plan's window
