@@ -28,60 +28,33 @@ small steps take more than one large step.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 
+from dspark.scheduling.length_times import LEAST, LengthTimes
+from dspark.scheduling.recent import Recent
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import DoubleArray
 
 _MEMORY = 15  # rounds that a median is over
-# And that of a block's length: most lengths have few rounds, and what a busy host made of one of
-# them would be believed for long.
-_LENGTH_MEMORY = 5
 _SPEED_MEMORY = 5  # steps; a change of speed must be known before the other medians follow it
 _NEAR = 8  # steps within which kinds meet
 _KNOWN = 8  # rounds that times may be old, where they are asked for each round
 _GRAIN = 32.0  # tokens of context, by which it must change to make a difference
-_FIXED_SHARE = 0.5  # of drafting, that a shorter block is not expected to save
-_LEAST = 3  # rounds that make a measurement: one may be an outlier, the first often is
+
+
+def _recent() -> Recent:
+    return Recent(_MEMORY)
 
 
 def load_of(requests: int) -> int:
     """Names the size of load that `requests` belong to; times are remembered by it."""
     return (requests - 1).bit_length()
-
-
-class _Recent:
-    """The latest values of something, and their median."""
-
-    __slots__ = ("_memory", "_rising", "_values", "usual")
-
-    def __init__(self, memory: int = _MEMORY) -> None:
-        self._memory = memory
-        self._values: deque[float] = deque()
-        self._rising: list[float] = []  # the same
-        self.usual: float | None = None
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def add(self, value: float) -> bool:
-        """Whether the median is another now."""
-        before, rising = self.usual, self._rising
-        if len(self._values) == self._memory:
-            del rising[bisect_left(rising, self._values.popleft())]
-        self._values.append(value)
-        insort(rising, value)
-        half = len(rising) // 2
-        self.usual = rising[half] if len(rising) % 2 else 0.5 * (rising[half - 1] + rising[half])
-        return self.usual != before
 
 
 class _Step(NamedTuple):
@@ -116,15 +89,13 @@ class _Correction(NamedTuple):
 class _Load:
     """Rounds of about the same number of requests. Times are relative to the machine's speed."""
 
-    level: _Recent = field(default_factory=_Recent)  # the table's error, against other loads
-    widening: _Recent = field(default_factory=_Recent)  # the same, wide against narrow steps
-    widening_with_prompts: _Recent = field(default_factory=_Recent)  # of steps with prompts in them
-    wide_rows: _Recent = field(default_factory=_Recent)  # rows a request in wide steps
-    plain_ms: _Recent = field(default_factory=_Recent)  # of a round beside its step
-    draft_ms: defaultdict[int, _Recent] = field(  # the same, with blocks of so many tokens
-        default_factory=lambda: defaultdict(lambda: _Recent(_LENGTH_MEMORY))
-    )
-    wait_ms: _Recent = field(default_factory=_Recent)  # for blocks, with nothing else to do
+    level: Recent = field(default_factory=_recent)  # the table's error, against other loads
+    widening: Recent = field(default_factory=_recent)  # the same, wide against narrow steps
+    widening_with_prompts: Recent = field(default_factory=_recent)  # of steps with prompts in them
+    wide_rows: Recent = field(default_factory=_recent)  # rows a request in wide steps
+    plain_ms: Recent = field(default_factory=_recent)  # of a round beside its step
+    drafting: LengthTimes = field(default_factory=LengthTimes)  # the same, with blocks
+    wait_ms: Recent = field(default_factory=_recent)  # for blocks, with nothing else to do
 
     @property
     def usual_widening(self) -> float | None:
@@ -134,31 +105,10 @@ class _Load:
 
     @property
     def usual_plain_ms(self) -> float | None:
-        return self.plain_ms.usual if len(self.plain_ms) >= _LEAST else None
-
-    @property
-    def drafting_known(self) -> bool:
-        return any(len(times) >= _LEAST for times in self.draft_ms.values())
+        return self.plain_ms.usual if len(self.plain_ms) >= LEAST else None
 
     def usual_draft_ms(self, size: int) -> float | None:
-        """As measured, or on the line through what was: drafting has a part that no length saves.
-
-        Short blocks are thought cheap, so that they are tried.
-        """
-        known = {
-            length: times.usual
-            for length, times in self.draft_ms.items()
-            if len(times) >= _LEAST and times.usual is not None
-        }
-        sizes = sorted(known)
-        # No block takes longer than a longer one: if it seems so, it was timed at an odd moment.
-        for longer, shorter in pairwise(sizes[::-1]):
-            known[shorter] = min(known[shorter], known[longer])
-        if not known or size in known:
-            return known.get(size)
-        plain = self.usual_plain_ms or 0.0
-        nothing = plain + _FIXED_SHARE * max(0.0, known[sizes[0]] - plain)
-        return float(np.interp(size, [0, *sizes], [nothing, *(known[s] for s in sizes)]))
+        return self.drafting.usual_ms(size, self.usual_plain_ms or 0.0)
 
 
 class RoundTimes:
@@ -180,6 +130,7 @@ class RoundTimes:
         # By requests, block size, and whether blocks are waited for; from `requests` tokens on.
         self._known_rounds: dict[tuple[int, int, bool], DoubleArray] = {}
         self._age = 0  # of the oldest of them, in rounds
+        self._recorded = 0  # rounds, since the start
 
     def set_context(self, tokens: float) -> None:
         """Requests have so many committed tokens each, on the average."""
@@ -204,6 +155,7 @@ class RoundTimes:
         The first after a change between drafting and none, or of the blocks' length, is left out,
         since it pays for that.
         """
+        self._recorded += 1
         self._age += 1
         if self._age >= _KNOWN:
             self._age = 0
@@ -216,8 +168,11 @@ class RoundTimes:
             self._in_a_row += 1
         load = self._at(requests)
         self._take_in(load, requests, tokens, prefill, step_ms)
-        beside = load.draft_ms[drafted] if drafted else load.plain_ms
-        beside.add((round_ms - step_ms - waited_ms) / self._slow)
+        beside_ms = (round_ms - step_ms - waited_ms) / self._slow
+        if drafted:
+            load.drafting.add(self._recorded, drafted, beside_ms)
+        else:
+            load.plain_ms.add(beside_ms)
         if drafted and not overlapped:
             load.wait_ms.add(waited_ms / self._slow)
 
@@ -247,15 +202,15 @@ class RoundTimes:
     @property
     def drafting_known(self) -> bool:
         """Whether rounds with drafting have been measured, at whatever load."""
-        return any(load.drafting_known for load in self._loads.values())
+        return any(load.drafting.known for load in self._loads.values())
 
     def knows_drafting(self, requests: int) -> bool:
         """Whether they have been at this load."""
-        return self._at(requests).drafting_known
+        return self._at(requests).drafting.known
 
     def knows_length(self, requests: int, size: int) -> bool:
         """Whether rounds with blocks of `size` have been, at this load."""
-        return len(self._at(requests).draft_ms.get(size, ())) >= _LEAST
+        return self._at(requests).drafting.knows(size)
 
     def step_ms(self, requests: int, tokens: float) -> float:
         """A step of `tokens` target tokens in all."""
@@ -327,7 +282,7 @@ class RoundTimes:
         merged = self.step_ms(here[0] + there[0], here[1] + there[1])
         return self.step_ms(*here) + self.step_ms(*there) - merged
 
-    def _hold_against(self, step: _Step, near: deque[_Step], widening: _Recent) -> None:
+    def _hold_against(self, step: _Step, near: deque[_Step], widening: Recent) -> None:
         """Learn how wide steps compare with narrow ones, where this one is the rarer."""
         here = [other for other in near if other.load == step.load]
         others = [other.ratio for other in here if other.wide != step.wide]
