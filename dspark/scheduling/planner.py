@@ -29,8 +29,10 @@ from typing import Literal
 
 import numpy as np
 
-from dspark.scheduling.survival import ABSENT, FEW
+from dspark.scheduling.survival import ABSENT
 from dspark.types import DoubleArray, FloatArray, IntArray
+
+_FEW = 48  # draft tokens in all, up to which numpy costs more than it saves
 
 Search = Literal["causal", "ranked", "global"]
 # T(B) of rounds with the first, …, the second number of target tokens.
@@ -69,7 +71,7 @@ def plan_lengths(
     """ℓ_r for each request. Equal inputs give equal plans; ties go by position, then request."""
     requests, width = survivals.shape
     ask = _Ask(rounds_ms, requests + extra_tokens, ceiling, search)
-    if survivals.size <= FEW:
+    if survivals.size <= _FEW:
         return _plan_few(survivals, ask, weights, reserved)
     keys = survivals if weights is None else survivals * weights[:, None].astype(np.float32)
     worth = float(requests if weights is None else weights.sum())

@@ -164,7 +164,7 @@ class StepTimeTable:
 class StepTimes:
     """T(R, B) at one context: a plane of a table."""
 
-    __slots__ = ("_lines", "_padded", "_requests", "_rows")
+    __slots__ = ("_corners", "_lines", "_padded", "_requests", "_rows")
 
     def __init__(
         self,
@@ -174,6 +174,7 @@ class StepTimes:
         padded: tuple[int, ...],
     ) -> None:
         self._requests, self._rows, self._lines, self._padded = requests, rows, lines, padded
+        self._corners: dict[int, tuple[list[float], list[float]]] = {}  # by requests
 
     def ms(self, requests: int, tokens: float) -> float:
         """Time of a step of `requests` requests and `tokens` target tokens in all."""
@@ -189,6 +190,12 @@ class StepTimes:
     def times_ms(self, requests: int, tokens: DoubleArray) -> DoubleArray:
         """The same for each of `tokens`: found at the edges of cells and sizes, for all between."""
         requests = max(1, requests)
+        if requests not in self._corners:
+            self._corners[requests] = self._corners_of(requests)
+        return np.interp(tokens, *self._corners[requests])
+
+    def _corners_of(self, requests: int) -> tuple[list[float], list[float]]:
+        """Tokens between which times lie on lines, and the times there."""
         i, u = _place(self._requests, requests)
         edges = [requests * row for row in self._rows]
         times = [a + u * (b - a) for a, b in zip(self._lines[i], self._lines[i + 1], strict=True)]
@@ -201,7 +208,7 @@ class StepTimes:
                 before = nextafter(size, inf)
             edges = [edge for edge, _ in stairs] + edges[beyond:]
             times = [ms for _, ms in stairs] + times[beyond:]
-        return np.interp(tokens, edges, times)
+        return edges, times
 
 
 _NAMES = tuple(f.name for f in fields(StepTimeTable) if f.init)

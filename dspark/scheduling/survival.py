@@ -10,7 +10,7 @@ import numpy as np
 from dspark.types import RAW_SCALE, RAW_SCALES, BoolArray, DoubleArray, FloatArray, Scale, Scales
 
 ABSENT = np.float32(-1.0)  # in a table of survivals: the block has no token there
-FEW = 64  # draft tokens in all, up to which numpy costs more than it saves
+_FEW = 8  # draft tokens in all, up to which numpy costs more than it saves
 _EPS = 1e-6
 
 
@@ -48,7 +48,7 @@ def survival_table(
     """Survivals of many blocks at once, ABSENT past a block's end."""
     sizes = [len(block) for block in blocks]
     greedy = greedy or [False] * len(blocks)
-    if sum(sizes) <= FEW:
+    if sum(sizes) <= _FEW:
         return _few(blocks, greedy, scales, max(sizes))
     if sizes.count(sizes[0]) == len(sizes):  # as mostly: nothing is absent
         return survivals_of(np.array(blocks), greedy, scales)

@@ -108,10 +108,13 @@ def test_few_tokens_are_planned_like_many(
     ceiling: int | None,
     search: Search,
 ) -> None:
-    """Up to FEW there is another way through; it comes to the same."""
+    """Up to some number there is another way through; it comes to the same."""
     ways = []
     for few in (0, 10_000):
-        with mock.patch.object(planner, "FEW", few), mock.patch.object(survival_module, "FEW", few):
+        with (
+            mock.patch.object(planner, "_FEW", few),
+            mock.patch.object(survival_module, "_FEW", few),
+        ):
             a, weights = survivals(rows), np.array(of_requests[: len(rows)])
             most = np.minimum(np.array(held[: len(rows)]), (a > ABSENT).sum(axis=1))
             reserved = most if ceiling is None or most.sum() <= ceiling else None
