@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 
-from dspark.applications import VERIFIER, Reconfiguring
+from dspark.applications import VERIFIER, Reconfiguring, keep_loaded
 from dspark.config import ServeConfig
 from dspark.rpc.reserved import with_threads
 from dspark.rpc.scheduler_address import scheduler_of
@@ -45,6 +45,7 @@ class VerifierReplica:
         settings = replace(config, model=with_threads(config.model))
         service = VerifierService(settings, scheduler_of(config.scheduler.application))
         await service.start(ray.util.get_node_ip_address())
+        keep_loaded()
         self._service = service
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:

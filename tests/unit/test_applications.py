@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -17,6 +18,7 @@ from dspark.applications import (
     Application,
     Reconfiguring,
     check_serve_config,
+    keep_loaded,
 )
 from dspark.config import ServeConfig, ServiceClass
 from dspark.errors import ConfigError
@@ -160,3 +162,14 @@ def test_a_serve_config_is_checked_before_it_is_deployed() -> None:
     ):
         with pytest.raises(ConfigError, match=match):
             check_serve_config(serve_config(**bad))
+
+
+def test_what_a_replica_has_loaded_is_walked_by_no_collection() -> None:
+    loaded = [["a model"]]
+    assert any(one is loaded for one in gc.get_objects())
+    try:
+        keep_loaded()
+        assert not any(one is loaded for one in gc.get_objects())
+    finally:
+        gc.unfreeze()
+    assert any(one is loaded for one in gc.get_objects())
