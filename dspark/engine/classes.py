@@ -33,7 +33,7 @@ class ServiceClasses:
         """Count and ask by these from now on; what was learnt and counted stays."""
         self._known = tuple(sorted({DEFAULT_CLASS, *classes})) if classes else ()
         self._weighs = len({1.0, *(c.weight for c in classes.values())}) > 1
-        self._has_floors = any(c.min_tokens_per_s for c in classes.values())
+        self.has_floors = any(c.min_tokens_per_s for c in classes.values())
         self._has_ceilings = any(c.max_first_token_s for c in classes.values())
 
     def learn(self, round_ms: float) -> None:
@@ -49,7 +49,7 @@ class ServiceClasses:
 
     def wanted(self, sequences: Seq[Sequence]) -> DoubleArray | None:
         """Accepted draft tokens that floors ask of a step for each; None if nobody's does."""
-        if not self._has_floors:
+        if not self.has_floors:
             return None
         floors = np.array([s.service.min_tokens_per_s for s in sequences], dtype=np.float64)
         wanted = np.maximum(floors * self._round_s - 1.0, 0.0)

@@ -161,7 +161,11 @@ class DraftExchange:
         lacking = sum(
             max(0, s.computed - max(s.sent_features, self._seen_from(s))) for s in sequences
         )
-        return rest <= _LEAD + lacking // self._link.catch_up_rows
+        return rest <= self.lead(lacking)
+
+    def lead(self, lacking: int) -> int:
+        """Rounds before blocks are wanted again, from which on context that lacks is sent."""
+        return _LEAD + lacking // self._link.catch_up_rows
 
     def _seen_from(self, sequence: Sequence) -> int:
         """The first position that any coming block sees."""

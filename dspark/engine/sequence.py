@@ -43,8 +43,11 @@ class Sequence:
     first_token_at: float = 0.0  # 0: not yet
     finish_reason: FinishReason | None = None
 
+    _most: int = field(init=False, default=0)  # tokens that it may come to
+
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)
+        self._most = len(self.tokens) + self.request.sampling.max_tokens
 
     @property
     def session(self) -> str:
@@ -64,7 +67,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens that may still be emitted."""
-        return self.request.sampling.max_tokens - self.generated
+        return self._most - len(self.tokens)
 
     @property
     def useful(self) -> int:

@@ -28,6 +28,7 @@ from dspark.engine.verification import Verification, freest_search
 from dspark.kernels.attention_plan import PAGE_SIZE
 from dspark.scheduling.autoscaling.signals import DraftCounts
 from dspark.scheduling.calibration import CalibrationInUse
+from dspark.scheduling.draft_gate import DraftGate
 from dspark.scheduling.explanation import Basis, Planned
 from dspark.scheduling.round_times import RoundTimes
 from dspark.scheduling.step_table import StepTimeTable
@@ -47,7 +48,8 @@ class Round:
     step_ms: float
     round_ms: float | None  # None: the engine rested in between
     waited_ms: float  # of it, for blocks
-    first_use: bool = False  # something was captured in it, which takes its time once
+    overlapped: bool  # others were drafted for meanwhile
+    first_use: bool  # something was captured in it, which takes its time once
 
 
 class Speculation:
@@ -78,6 +80,7 @@ class Speculation:
         self._ended = 0, False  # the same of the round before
         self._drafting = 0  # length of blocks that the gate last let through
         self._rows = 1.0  # target rows of a request in the last step that decoded
+        self._held = 0  # rows of all requests in the target's cache
         self._demand = DraftDemand()
 
     @property
@@ -145,8 +148,9 @@ class Speculation:
     def receive(self, running: dict[str, Sequence]) -> float:
         """Give blocks that came to their requests; waits while that pays. Milliseconds waited."""
         contexts = [s.computed for s in running.values() if s.computed]
+        self._held = sum(contexts)
         if contexts:
-            self._judges.set_context(sum(contexts) / len(contexts))
+            self._judges.set_context(self._held / len(contexts))
         if self._exchange is None:
             return 0.0
         return self._exchange.receive(running, lambda under_way: self._patience(running, under_way))
@@ -223,13 +227,28 @@ class Speculation:
             return 0.0
         return (max(exchange.latency_ms, saving_ms) - passed_ms) / 1e3
 
+    # -- during it ----------------------------------------------------------------------------
+
+    def study(self) -> None:
+        """Look at what is verified, as far as its amount did not depend on that."""
+        self._verification.study()
+
+    def foresee(self, running: dict[str, Sequence]) -> None:
+        """Judge anew which blocks pay, if that would be due when the next are asked for."""
+        judge, plan = self._judges.now, self._plan.now
+        if judge is None or plan.policy is not VerificationPolicy.ADAPTIVE:
+            return
+        if judge.gate.due(len(running)):
+            self._estimate(judge.gate, list(running.values()), len(running), plan)
+
     # -- after it -----------------------------------------------------------------------------
 
-    def learn(self, of: Round, results: Seq[VerificationResult], *, under_way: bool) -> None:
-        """Take in what a step took and what came of its drafts, when the next are asked for.
+    def settle(self, results: Seq[VerificationResult]) -> None:
+        """Take in what came of a step's drafts, before the next step is planned."""
+        self._verification.settle(results)
 
-        `under_way`: others were drafted for meanwhile.
-        """
+    def learn(self, of: Round) -> None:
+        """Take in what a round took, after the next blocks are asked for and before it is again."""
         asked, narrow = self._ended
         adaptive = self._plan.now.policy is VerificationPolicy.ADAPTIVE
         learns = adaptive and not narrow and not of.first_use
@@ -241,14 +260,13 @@ class Speculation:
                 step_ms=of.step_ms,
                 round_ms=of.round_ms,
                 waited_ms=of.waited_ms,
-                overlapped=under_way,
+                overlapped=of.overlapped,
                 prefill=of.prefill,
             )
         if of.requests and not of.prefill:
             self._rows = of.tokens / of.requests
         if of.requests and of.round_ms is not None:
             self.classes.learn(of.round_ms)
-        self._verification.settle(results)
 
     def ask(self, stepped: Seq[Sequence], running: int) -> None:
         """Ask the drafter, or look up while there is none, where a block can still be of use.
@@ -276,9 +294,14 @@ class Speculation:
         self._judges.looks_up = exchange is None
         judge = self._judges.now if adaptive else None
         if judge is not None:
-            gate, latency_ms = judge.gate, 0.0 if exchange is None else exchange.latency_ms
-            size = gate.block_size(running, size, latency_ms, freest_search(sequences))
+            gate = judge.gate
+            if gate.due(running):
+                self._estimate(gate, sequences, running, plan)
+            size = gate.block_size(running, size)
             rest = gate.rest
+            if not size and self._rests(exchange, rest):
+                self._demand.count(gate)
+                return
             if gate.width is None:
                 self._drafting = 0 if exchange is None else size
             else:
@@ -291,6 +314,20 @@ class Speculation:
                 self._asked = max(sizes)
         elif lookup is not None and size:
             self._look_up(lookup, sequences, size)
+
+    def _rests(self, exchange: DraftExchange | None, rounds: int) -> bool:
+        """Whether there is nothing to send either, if no blocks are wanted for so many rounds."""
+        if exchange is None or self.classes.has_floors:
+            return False
+        return rounds > exchange.lead(self._held)
+
+    def _estimate(
+        self, gate: DraftGate, sequences: Seq[Sequence], running: int, plan: StepPlan
+    ) -> None:
+        exchange, most = self._exchange, plan.block_size or self.block_size
+        drafted = exchange is not None and not self._judges.looks_up
+        latency_ms = exchange.latency_ms if exchange is not None and drafted else 0.0
+        gate.estimate(running, most, latency_ms, freest_search(sequences))
 
     def _few(self, sequences: Seq[Sequence], count: int) -> list[Sequence]:
         """So many that a block can be of use to, those with a floor that wants one first."""

@@ -5,22 +5,26 @@ It sees confidences and never tokens; dspark.scheduling.planner says which searc
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dspark.config import EngineConfig
 from dspark.engine.classes import ServiceClasses
-from dspark.engine.judges import Judges
+from dspark.engine.judges import Judge, Judges
 from dspark.engine.sequence import Sequence
 from dspark.scheduling.calibration import CalibrationInUse
 from dspark.scheduling.draft_gate import DraftGate
 from dspark.scheduling.explanation import Basis, Planned
-from dspark.scheduling.planner import Search, plan_lengths, reserve
+from dspark.scheduling.planner import Plan, Search, plan_lengths, reserve
+from dspark.scheduling.recent import Recent
 from dspark.scheduling.survival import survival_table
 from dspark.types import (
     RAW_SCALES,
+    DoubleArray,
     FloatArray,
     StepPlan,
     VerificationPolicy,
@@ -29,6 +33,35 @@ from dspark.types import (
 )
 
 _NO_BLOCK = np.zeros(0, dtype=np.float32)
+_MEMORY = 15  # steps
+
+
+@dataclass(frozen=True, slots=True)
+class _AtHand:
+    """Blocks that a step may verify, and by what is decided how much of them."""
+
+    planned: Planned  # but for what is found
+    judge: Judge
+    decoding: Seq[Sequence]
+    sizes: list[int]  # of their blocks
+    asked: int  # length of the blocks that were asked for; 0: none were
+    alone: bool  # no other requests run, whose blocks are under way
+    block_size: int
+    prefill: int
+    search: Search
+    ceiling: int | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all are verified, by what earlier rounds say."""
+        return self.search == "ranked" and (self.ceiling or 0) >= sum(self.sizes)
+
+    def rounds_ms(self, least: int, most: int) -> DoubleArray:
+        """Of rounds with so many target tokens."""
+        # Waiting is over when a step is planned; but a round that waited is worth more tokens.
+        return self.judge.times.rounds_ms(
+            len(self.decoding), least, most, self.block_size, waits=self.alone
+        )
 
 
 def freest_search(sequences: Seq[Sequence]) -> Search:
@@ -53,6 +86,8 @@ class Verification:
         self._config, self._judges, self._classes = config, judges, classes
         # Whose draft tokens this step verifies, and how many of them should be accepted.
         self._promised: dict[str, tuple[Sequence, float]] = {}
+        self._unstudied: _AtHand | None = None  # blocks of this step
+        self._took_ms = Recent(_MEMORY)  # to find how much of a step's blocks to verify
 
     def lengths(
         self,
@@ -87,33 +122,68 @@ class Verification:
         sampled = search == "causal" and self._asynchronous
         if capacity is not None and (capacity >= sum(sizes) or sampled):
             search, ceiling = "ranked", min(capacity, ceiling or capacity)
-        survivals = survival_table(confidences, greedy, scales)
-        if not looks_up:
-            _see(judge.gate, decoding, survivals, sizes, asked)
-        weights, wanted = self._classes.weights(decoding), self._classes.wanted(decoding)
-        reserved = None
-        if wanted is not None:
-            rank = np.ones(len(decoding)) if weights is None else weights
-            reserved = reserve(survivals, wanted, rank, ceiling)
-        # Waiting is over when a step is planned; but a round that waited is worth more tokens.
-        found = plan_lengths(
-            survivals,
-            lambda least, most: judge.times.rounds_ms(
-                len(decoding), least, most, size, waits=alone
-            ),
-            extra_tokens=prefill,
-            ceiling=ceiling,
-            search=search,
-            weights=weights,
-            reserved=reserved,
+        self.planned = Planned(plan, Basis(search), *of, ceiling)
+        at_hand = _AtHand(
+            self.planned, judge, decoding, sizes, asked, alone, size, prefill, search, ceiling
         )
+        if at_hand.whole:
+            self._unstudied = at_hand  # all are verified, whatever is expected of them
+            return sizes
+        began = time.perf_counter()
+        found = self._study(at_hand)
+        self._took_ms.add((time.perf_counter() - began) * 1e3)
+        judge.gate.planning_ms = self._took_ms.usual or 0.0
+        return found.lengths
+
+    def study(self) -> None:
+        """Look at blocks that are verified whole: what is expected of them can wait until now.
+
+        To be called while the step is under way, before it is known what comes of them.
+        """
+        at_hand, self._unstudied = self._unstudied, None
+        if at_hand is not None:
+            self._study(at_hand)
+
+    def _study(self, at_hand: _AtHand) -> Plan:
+        planned, judge, decoding = at_hand.planned, at_hand.judge, at_hand.decoding
+        survivals = survival_table(planned.confidences, planned.greedy, planned.scales)
+        if not planned.looked_up:
+            _see(judge.gate, decoding, survivals, at_hand.sizes, at_hand.asked)
+        found = self._whole(at_hand, survivals) if at_hand.whole else self._part(at_hand, survivals)
         self._promised = {
             sequence.request.id: (sequence, promised)
             for sequence, promised in zip(decoding, found.promised, strict=True)
             if promised
         }
-        self.planned = Planned(plan, Basis(search), *of, ceiling, found)
-        return found.lengths
+        self.planned = replace(planned, found=found)
+        return found
+
+    def _whole(self, at_hand: _AtHand, survivals: FloatArray) -> Plan:
+        """All are verified: what is expected of that."""
+        tokens = len(at_hand.decoding) + sum(at_hand.sizes) + at_hand.prefill
+        return Plan(
+            at_hand.sizes,
+            np.maximum(survivals, 0.0).sum(axis=1).tolist(),
+            float(at_hand.rounds_ms(tokens, tokens)[0]),
+        )
+
+    def _part(self, at_hand: _AtHand, survivals: FloatArray) -> Plan:
+        """What pays of them."""
+        decoding = at_hand.decoding
+        weights, wanted = self._classes.weights(decoding), self._classes.wanted(decoding)
+        reserved = None
+        if wanted is not None:
+            rank = np.ones(len(decoding)) if weights is None else weights
+            reserved = reserve(survivals, wanted, rank, at_hand.ceiling)
+        return plan_lengths(
+            survivals,
+            at_hand.rounds_ms,
+            extra_tokens=at_hand.prefill,
+            ceiling=at_hand.ceiling,
+            search=at_hand.search,
+            weights=weights,
+            reserved=reserved,
+        )
 
     def settle(self, results: Seq[VerificationResult]) -> None:
         """After the step: how many of the draft tokens that should have been accepted were."""

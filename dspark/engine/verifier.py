@@ -107,6 +107,8 @@ class VerifierEngine:
         self._steps = 0
         self._forward_ended: float | None = None
         self._captured = Capture.made  # until then
+        self._overlaps = target.device.type == "cuda"  # the host may go on beside a forward
+        self._unlearnt: Round | None = None  # the last round, until it has been learnt from
         self.drafting_s = 0.0  # features projected, blocks asked for and waited for
         self.last_report: StepReport | None = None
 
@@ -277,15 +279,18 @@ class VerifierEngine:
         emitting = sum(turn.emits for turn in turns)
         tokens = sum(turn.rows for turn in turns)
         prefill = tokens - sum(turn.logit_rows for turn in turns)
-        this = Round(emitting, tokens, prefill, step_ms, round_ms, waited_ms, captured)
         under_way = any(s.wanted_block is not None for s in self.roster.running.values())
+        this = Round(emitting, tokens, prefill, step_ms, round_ms, waited_ms, under_way, captured)
         looked_up = self._speculation.looks_up
         stepped = [turn.sequence for turn in turns]
         asked_at = time.perf_counter()
         self._speculation.ask(stepped, len(self.roster.running))
         self.drafting_s += time.perf_counter() - asked_at
         # From here on a GPU drafts, until blocks are received: what can wait is done meanwhile.
-        self._speculation.learn(this, results, under_way=under_way)
+        self._speculation.settle(results)
+        self._unlearnt = this
+        if not self._overlaps:
+            self._learn()
         if not looked_up:
             self._sample.add(results)
         self._report(this, results, ended)
@@ -344,6 +349,10 @@ class VerifierEngine:
             drafts = any(turn.verified for turn in turns)
             self._features.keep(out.taps, plan.slots, soon=drafts)
         emitting = [i for i, turn in enumerate(turns) if turn.emits]
+        if self._overlaps:  # what is thought about now costs nothing
+            self._learn()
+            self._speculation.foresee(self.roster.running)
+        self._speculation.study()
         judged = [
             Judged(turns[i].sequence.request, turns[i].sequence.fence(),
                    turns[i].sequence.proposal, turns[i].verified)
@@ -352,6 +361,12 @@ class VerifierEngine:
         verdicts = judge(out.logits, judged)
         self.target.check()
         return dict(zip(emitting, verdicts, strict=True))
+
+    def _learn(self) -> None:
+        """From the last round."""
+        if self._unlearnt is not None:
+            self._speculation.learn(self._unlearnt)
+            self._unlearnt = None
 
     def _commit(self, turn: _Turn, verdict: Verdict) -> VerificationResult:
         sequence, proposal = turn.sequence, turn.sequence.proposal

@@ -31,7 +31,8 @@ from dspark.scheduling.round_times import RoundTimes, load_of
 from dspark.types import DoubleArray, FloatArray
 
 _BLOCKS = 128  # remembered
-_EVERY = 32  # rounds between estimates
+_EVERY = 32  # rounds between estimates, or as many as take so long, where they are short
+_EVERY_MS = 100.0
 _GRAIN = 16  # prompt tokens that capacities are told apart by
 _EXPLORE = 64  # rounds at least between those that are run to learn of other lengths, or of none
 _EXPLORE_SHARE = 0.003  # of the time, spent on each of the two at most
@@ -85,12 +86,14 @@ class DraftGate:
         self._promised = self._accepted = _PRIOR  # of draft tokens that were verified
         self._size = 0  # that pays best; 0: none pays
         self._guessed = False  # what rounds with such blocks take
+        self._fresh = False  # and it was made since the last round
         self._best = 0  # that loses least
         self._gains: dict[int, float] = {}  # by lengths, of the last estimate
         self._hope = 0.0  # the most, were drafting as cheap as at smaller loads
         self._requests = 0  # of the last estimate
         self._rounds = 0  # since the start
         self._age = 0  # rounds since the last estimate
+        self._every = _EVERY
         self._capacities: dict[tuple[int, int, int], int] = {}  # found since a certain round
         self._capacities_from = 0
         self._since_none = self._since_other = 0  # rounds since some were run to learn
@@ -100,6 +103,7 @@ class DraftGate:
         self._looks: defaultdict[int, int] = defaultdict(int)  # by load: runs without drafts so far
         self._closed: defaultdict[int, _Closed] = defaultdict(_Closed)  # by load
         self.width: int | None = None  # requests that the next blocks are for; None: all
+        self.planning_ms = 0.0  # that a step waits for where not all of its blocks are verified
 
     def record(self, survivals: Sequence[FloatArray]) -> None:
         """Blocks that were drafted in one round. Looked at when an estimate is made."""
@@ -171,36 +175,25 @@ class DraftGate:
             self.gain(requests, size, latency_ms, search) > _LEAST_GAIN for size in sizes
         )
 
-    def block_size(
-        self, requests: int, most: int, latency_ms: float = 0.0, search: Search = "global"
-    ) -> int:
+    def block_size(self, requests: int, most: int) -> int:
         """Tokens to draft for each of `requests` requests, or `width` of them, at most `most`.
 
         0: none, now; `width` is then that of the blocks that come after `rest` rounds.
-
-        `latency_ms`: how long after they are asked for blocks come, if other steps may run
-        meanwhile. `search`: as the blocks will be planned.
         """
         self.width, self._looking = None, False
         if not self._known:
             return most
+        if self.due(requests):
+            self.estimate(requests, most)
+        fresh, self._fresh = self._fresh, False
         self._rounds += 1
         self._age += 1
         load = load_of(requests)
         closed = self._closed[load]
-        learns = self._size or not (closed.rest or closed.probe)
-        timed = self._guessed and self._times.knows_length(requests, self._size)
-        elsewhere = not self._gains or load != load_of(self._requests)  # than the last estimate
-        estimates = (learns and self._age >= _EVERY) or timed or elsewhere
-        if estimates:
-            if elsewhere and not self._looks[load]:  # or a look would be cut short
-                self._since_none = min(self._since_none, _FIRST_LOOK)
-            self._requests, self._age = requests, 0
-            self._estimate(requests, most, latency_ms, search)
         if self._size:
             self._closed[load] = _Closed()
             # A round that an estimate has made longer is none to learn from.
-            return min(self._size, most) if estimates else self._another(most)
+            return min(self._size, most) if fresh else self._another(most)
         closed.since_wide += 1
         if closed.rest == 0 and closed.probe == 0:
             self._pause(closed, requests, most)
@@ -212,6 +205,34 @@ class DraftGate:
         # The whole block first, to see the text as it is now; then what may pay.
         first, closed.first = closed.first, False
         return most if first else min(self._best or most, most)
+
+    def due(self, requests: int) -> bool:
+        """Whether the next `block_size` wants another estimate first."""
+        if not self._known:
+            return False
+        closed = self._closed[load_of(requests)]
+        learns = self._size or not (closed.rest or closed.probe)
+        timed = self._guessed and self._times.knows_length(requests, self._size)
+        return bool((learns and self._age + 1 >= self._every) or timed or self._elsewhere(requests))
+
+    def estimate(
+        self, requests: int, most: int, latency_ms: float = 0.0, search: Search = "global"
+    ) -> None:
+        """Judge anew which blocks pay, where that is `due`. It takes as long as some rounds do.
+
+        `latency_ms`: how long after they are asked for blocks come, if other steps may run
+        meanwhile. `search`: as the blocks will be planned.
+        """
+        if self._elsewhere(requests) and not self._looks[load_of(requests)]:
+            self._since_none = min(self._since_none, _FIRST_LOOK)  # or a look would be cut short
+        self._requests, self._age, self._fresh = requests, 0, True
+        self._every = max(_EVERY, round(_EVERY_MS / self._times.plain_ms(requests)))
+        self._take_in()
+        self._compare(requests, most, latency_ms, search)
+
+    def _elsewhere(self, requests: int) -> bool:
+        """Whether this is another load than that of the last estimate."""
+        return not self._gains or load_of(requests) != load_of(self._requests)
 
     def _pause(self, closed: _Closed, requests: int, most: int) -> None:
         """The next pause, and the probe after it."""
@@ -250,7 +271,7 @@ class DraftGate:
         )
         if self._since_none > none_from:
             if self._since_none >= none_from + _NONE_ROUNDS:
-                self._since_none, self._age = 0, _EVERY  # to be judged by what they showed
+                self._since_none, self._age = 0, self._every  # to be judged by what they showed
                 self._looks[load] += 1
             self._looking = True
             return 0
@@ -267,7 +288,7 @@ class DraftGate:
         self._other, self._others = other, _OTHER_ROUNDS - 1
         return other
 
-    def _estimate(self, requests: int, most: int, latency_ms: float, search: Search) -> None:
+    def _compare(self, requests: int, most: int, latency_ms: float, search: Search) -> None:
         gains = {size: self.gain(requests, size, latency_ms, search) for size in lengths(most)}
         if not self._times.knows_drafting(requests):
             self._hope = max(
@@ -312,7 +333,7 @@ class DraftGate:
         """
         if not self._known:
             return None
-        if self._rounds - self._capacities_from >= _EVERY:
+        if self._rounds - self._capacities_from >= self._every:
             self._capacities.clear()
             self._capacities_from = self._rounds
         if not self._times.table.padded:  # prompts are of any length: one that is near will do
@@ -320,6 +341,7 @@ class DraftGate:
         asked = (requests, size, extra_tokens)
         if asked not in self._capacities:
             _, committed, took_ms = self._rounds_of(requests, size, extra_tokens)
+            took_ms[:-1] += self.planning_ms
             best = self._best_count(committed / took_ms, "global")
             self._capacities[asked] = round(best / len(self._blocks) * requests)
         return self._capacities[asked]
@@ -339,7 +361,7 @@ class DraftGate:
 
         As many for each request as one of the remembered blocks is to all of them.
         """
-        if self._latest:
+        if not len(self._blocks):
             self._take_in()
         blocks = self._blocks[:, :size]
         survivals = np.sort(blocks, axis=None)[::-1].astype(np.float64)

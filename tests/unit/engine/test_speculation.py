@@ -95,9 +95,10 @@ def experienced(
         tokens = requests * (GAMMA + 1 if drafted else 1)
         if drafted:
             speculation.verification(sequences([usual] * requests), 0, requests)
+            speculation.study()
             speculation._verification._promised = {}
         took_ms = table.at(1).ms(requests, tokens)
-        speculation.learn(Round(requests, tokens, 0, took_ms, took_ms, 0.0), (), under_way=False)
+        speculation.learn(Round(requests, tokens, 0, took_ms, took_ms, 0.0, False, False))
     speculation._asked = GAMMA
     return speculation
 
@@ -129,6 +130,34 @@ def test_whole_blocks_are_verified_where_trimming_gains_nothing() -> None:
     for planner in ("synchronous", "asynchronous"):
         speculation = experienced(CHEAP, 2, [0.9, 0.8, 0.7, 0.6], planner)
         assert speculation.verification(sequences([unlikely] * 2), 0, 2) == [GAMMA, GAMMA]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_whole_blocks_are_looked_at_when_the_step_is_under_way(temperature: float) -> None:
+    """All are verified by what earlier rounds say, so nothing has to be known of them before."""
+    speculation = experienced(CHEAP, 2, [0.9, 0.8, 0.7, 0.6])
+    judge = speculation._judges.now
+    assert judge is not None
+    gate = judge.gate
+    gate._take_in()
+    blocks = [[0.9, 0.5, 0.4, 0.2], [0.8, 0.7, 0.1, 0.1]]
+    decoding = sequences(blocks, temperature)
+    assert speculation.verification(decoding, 0, 2) == [GAMMA, GAMMA]
+    assert speculation.planned.found is None
+    assert not gate._latest
+    assert not decoding[0].prospect.latest
+    speculation.study()
+    expected = [survival(np.array(block, dtype=np.float32)) for block in blocks]
+    found = speculation.planned.found
+    assert found is not None
+    assert found.lengths == [GAMMA, GAMMA]
+    assert found.promised == pytest.approx([block.sum() for block in expected])
+    assert found.round_ms > 0.0
+    (seen,) = gate._latest
+    np.testing.assert_allclose(np.stack(seen), np.stack(expected), rtol=1e-6)
+    np.testing.assert_allclose(decoding[0].prospect.latest[-1], expected[0], rtol=1e-6)
+    speculation.study()  # once is enough
+    assert len(gate._latest) == 1
 
 
 @pytest.mark.parametrize("planner", ["synchronous", "asynchronous"])
@@ -192,6 +221,7 @@ def test_what_was_planned_is_told(planner: str, temperature: float, basis: Basis
     speculation = experienced(DENTED, 2, [0.9, 0.6, 0.3, 0.1], planner)
     decoding = sequences([[0.9, 0.5, 0.4, 0.2], [0.8, 0.7, 0.1, 0.1]], temperature)
     lengths = speculation.verification(decoding, 0, 2)
+    speculation.study()
     planned = speculation.planned
     assert (planned.basis, planned.requests) == (basis, 2)
     assert planned.ceiling == (sum(lengths) if basis is Basis.RANKED else None)

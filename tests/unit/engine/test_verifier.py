@@ -314,6 +314,32 @@ def test_rounds_in_which_something_was_captured_say_nothing_of_times(
     assert len(recorded) == steps - 1 - Capture.made  # the first follows no other
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_thinking_beside_steps_changes_no_output_and_misses_no_round(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside a GPU: rounds are learnt from, and estimates made, during the next forward."""
+    recorded: list[dict[str, Any]] = []
+    monkeypatch.setattr(RoundTimes, "record", lambda _, **of: recorded.append(of))
+    asked = [request(str(i), temperature=temperature, seed=i) for i in range(3)]
+    told: list[list[tuple[int, int, int]]] = []
+    said: list[object] = []
+    for overlaps in (False, True):
+        recorded.clear()
+        engine = tiny_engine(TARGET, tiny_drafter(TARGET), policy="adaptive")
+        engine.table = flat_table((1, 8), (1, 5), ((10.0, 10.0), (10.0, 10.0)))
+        engine._overlaps = overlaps
+        tally = run(engine, asked)
+        assert tally.verified > 0
+        said.append(tally.tokens)
+        told.append([(of["requests"], of["tokens"], of["drafted"]) for of in recorded])
+    behind, beside = told
+    assert said[0] == said[1]
+    if not temperature:
+        assert said[0] == run(tiny_engine(TARGET), asked).tokens
+    assert beside == behind[:-1], "the last is learnt from when another step comes"
+
+
 def test_what_pays_depends_on_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows cost nothing at short contexts and a fortune at long ones."""
     monkeypatch.setattr(RoundTimes, "record", lambda *_, **__: None)  # this machine's own times

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -257,6 +258,32 @@ def test_a_length_is_judged_again_as_soon_as_it_has_been_timed() -> None:
     verifier.draft_ms = 12.0
     verifier.rounds(fair, 5)
     assert verifier.gate.usual_size == 0
+
+
+@pytest.mark.parametrize("block", [GOOD, BAD])
+def test_an_estimate_that_was_made_in_time_is_the_one_that_counts(
+    block: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verifier makes it while a GPU is at a step, and must not wait for another after it."""
+    ahead, behind = Verifier(draft_ms=5.0), Verifier(draft_ms=5.0)
+    made: list[DraftGate] = []
+    compare = DraftGate._compare
+
+    def counted(gate: DraftGate, *how: Any) -> None:
+        made.append(gate)
+        compare(gate, *how)
+
+    monkeypatch.setattr(DraftGate, "_compare", counted)
+    for _ in range(200):
+        if due := ahead.gate.due(1):
+            ahead.gate.estimate(1, MOST)
+        assert not ahead.gate.due(1)
+        before = len(made)
+        ahead.rounds(block, 1)
+        assert len(made) == before, "it was made in time"
+        behind.rounds(block, 1)
+        assert (len(made) > before) is due, "it would have been made now"
+        assert ahead.sizes == behind.sizes
 
 
 def test_pauses_at_one_load_outlast_a_stay_at_another() -> None:
