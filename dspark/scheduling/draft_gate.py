@@ -44,6 +44,10 @@ _PROBE_ROUNDS = 3  # in a row, so that what only the first of them suffers from 
 _PROBE_WIDTH = 4  # requests that a probe drafts for where it cannot be close
 _CLOSE_CALL = 0.9  # gain; what is below is not put down to a mistake about times
 _WIDE_SHARE = 0.002  # of the time, spent on drafting for all where it looks hopeless
+# Rounds before that is first done if it would pay with the half of what it seems to cost: a load's
+# first rounds are often odd ones.
+_FIRST_WIDE, _DOUBT = 64, 0.5
+_WIDE_GROWTH = 4  # and before each further time, until the share is kept
 _UNMEASURED_PROBES = 2  # before drafting for all is timed at a load, however bad it looks
 _PROBE_SHARE = 0.004  # of the time, spent on probing in the long run
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 2048  # rounds
@@ -73,6 +77,7 @@ class _Closed:
     narrow: bool = False  # that probe: it drafts for a few requests
     probes: int = 0  # so far
     since_wide: int = 0  # rounds since one drafted for all
+    wides: int = 0  # probes that did, so far
 
 
 class DraftGate:
@@ -90,6 +95,7 @@ class DraftGate:
         self._best = 0  # that loses least
         self._gains: dict[int, float] = {}  # by lengths, of the last estimate
         self._hope = 0.0  # the most, were drafting as cheap as at smaller loads
+        self._doubt = 0.0  # or rounds with blocks not as dear as they seem
         self._requests = 0  # of the last estimate
         self._rounds = 0  # since the start
         self._age = 0  # rounds since the last estimate
@@ -243,16 +249,19 @@ class DraftGate:
             hopeless = False
         # What a few blocks do not show is what rounds with blocks for all take. That may have been
         # measured at an odd moment, or have been so then.
-        overdue = known and closed.since_wide > _PROBE_ROUNDS * cost / _WIDE_SHARE
+        wide_from = _PROBE_ROUNDS * cost / _WIDE_SHARE
+        if self._doubt > _LEAST_GAIN:
+            wide_from = min(wide_from, _FIRST_WIDE * _WIDE_GROWTH**closed.wides)
+        overdue = known and closed.since_wide + closed.pause >= wide_from
         closed.narrow = hopeless and requests > _PROBE_WIDTH and not overdue
         if closed.narrow:
             cost *= _PROBE_WIDTH / requests
         else:
-            closed.since_wide = 0
+            closed.since_wide, closed.wides = 0, closed.wides + 1
         closed.rest, closed.first = closed.pause, True
         if hopeful:
             closed.rest = _SHORT_PAUSE
-        closed.probe = _PROBE_ROUNDS + (not known)  # times leave the first out
+        closed.probe = _PROBE_ROUNDS + (overdue or not known)  # times leave the first out
         closed.probes += 1
         enough = int(max(_PROBE_ROUNDS * cost / _PROBE_SHARE, _FIRST_PAUSE))
         closed.pause = min(_PAUSE_GROWTH * closed.pause, enough, _LONGEST_PAUSE)
@@ -300,6 +309,10 @@ class DraftGate:
         self._best, self._gains = best, gains
         self._size = best if gains[best] > (_CLOSE_BELOW if self._size else _LEAST_GAIN) else 0
         self._guessed = self._size > 0 and not self._times.knows_length(requests, self._size)
+        if not self._size:
+            self._doubt = max(
+                self.gain(requests, size, latency_ms, search, doubt=_DOUBT) for size in gains
+            )
 
     def gain(
         self,
@@ -309,10 +322,12 @@ class DraftGate:
         search: Search = "global",
         *,
         grows: bool = True,
+        doubt: float = 0.0,
     ) -> float:
         """Expected tokens a second with blocks of `size` tokens, over those without.
 
-        `grows`: what drafting takes, with the load, beyond the largest where it is known.
+        `grows`: what drafting takes, with the load, beyond the largest where it is known. `doubt`:
+        share of what rounds with blocks take more than those without, that they do not take.
 
         Draft tokens are admitted by survival, as Algorithm 1 does, from all remembered blocks as
         one: that is what many requests do on the average.
@@ -323,7 +338,9 @@ class DraftGate:
         if latency_ms:
             halved = self._times.overlapped_ms(requests, float(tokens[best]), size, latency_ms)
             least_ms = min(least_ms, halved)
-        return float(committed[best]) / least_ms / (requests / self._times.plain_ms(requests))
+        plain_ms = self._times.plain_ms(requests)
+        least_ms -= doubt * max(0.0, least_ms - plain_ms)
+        return float(committed[best]) / least_ms / (requests / plain_ms)
 
     def capacity(self, requests: int, size: int, extra_tokens: int = 0) -> int | None:
         """Draft tokens worth verifying beside `extra_tokens`; None: nothing is known yet.

@@ -131,6 +131,16 @@ def test_what_drafting_for_all_takes_is_measured_again_however_hopeless_it_looke
     assert verifier.rounds(sure, 100, requests=32) > 90
 
 
+def test_what_a_loads_first_rounds_took_is_soon_put_to_the_test() -> None:
+    """Kernels are loaded in them, and everybody's prompt is read."""
+    verifier = Verifier(draft_ms=150.0)
+    sure = np.ones(4, dtype=np.float32)
+    verifier.rounds(sure, 6, requests=32)
+    verifier.draft_ms = 2.0
+    verifier.rounds(sure, 450, requests=32)
+    assert verifier.rounds(sure, 100, requests=32) > 90
+
+
 def test_what_drafting_takes_is_timed_at_a_load_before_it_is_given_up() -> None:
     """Times of a smaller load, grown as steps grow, make drafting look dearer than it may be."""
     verifier = Verifier(draft_ms=30.0)
