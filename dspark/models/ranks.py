@@ -76,7 +76,10 @@ class Ranks:
         self._folder = tempfile.mkdtemp(prefix="dspark-ranks-")
         self._loss = _Loss()
         self._processes: list[RankProcess] = []
-        self._end = weakref.finalize(self, _end, self._loss, self._processes, self._folder)
+        self._shards: list[Shard] = []  # our own, once it has joined
+        self._end = weakref.finalize(
+            self, _end, self._loss, self._shards, self._processes, self._folder
+        )
         for rank in range(1, size):
             task = RankTask(
                 path=str(path),
@@ -102,6 +105,7 @@ class Ranks:
         shard = join(f"{self._folder}/store", 0, self.size, torch.device(self._device))
         # On a thread of its own, since it may take long, and others want to be told.
         self._loss.on(lambda _: threading.Thread(target=shard.let_go, daemon=True).start())
+        self._shards.append(shard)
         return shard
 
     def check(self) -> None:
@@ -286,8 +290,12 @@ def join(store: str, rank: int, size: int, device: torch.device) -> Shard:
     return Shard(rank, size, add_up, group.abort if device.type == "cuda" else lambda: None)
 
 
-def _end(loss: _Loss, processes: Sequence[RankProcess], folder: str) -> None:
+def _end(
+    loss: _Loss, shards: Sequence[Shard], processes: Sequence[RankProcess], folder: str
+) -> None:
     loss.close()
+    for shard in shards:
+        shard.let_go()  # NCCL would take leave of ranks that are gone, and wait for them
     for process in processes:
         process.end()
     shutil.rmtree(folder, ignore_errors=True)

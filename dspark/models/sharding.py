@@ -56,10 +56,11 @@ def check_split(config: Any, size: int) -> None:
     """ConfigError or CheckpointError unless a target of this configuration has `size` parts."""
     text = config.get_text_config()
     plan = getattr(text, "base_model_tp_plan", None) or {}
+    # All parts have the norms of one head, and embeddings, which some versions name, too.
     ours = {
         name.removeprefix("layers.*."): style
         for name, style in plan.items()
-        if not style.startswith("replicated")  # norms of one head, which all parts have
+        if name.startswith("layers.*.") and not style.startswith("replicated")
     }
     if ours != _PLAN or not all(isinstance(getattr(text, name, None), int) for name in _SHARED):
         raise CheckpointError(

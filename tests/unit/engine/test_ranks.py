@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -117,6 +118,27 @@ def _start_rank(folder: Path, tell: Connection) -> None:
     )  # fmt: skip
     tell.send(RankProcess(task).pid)
     threading.Event().wait()
+
+
+def test_rank_0_takes_leave_before_the_others_end(folder: Path) -> None:
+    """NCCL would wait for them at the end of its group: it has to be told that nobody comes."""
+    target = TargetModel.load(folder, dtype=torch.float32, tensor_parallel=2)
+    assert target._ranks is not None
+    (pid,) = target._ranks.pids
+    (shard,) = target._ranks._shards
+    there: list[bool] = []
+
+    def let_go() -> None:
+        os.kill(pid, 0)  # ProcessLookupError if it has ended and was waited for
+        there.append(True)
+
+    target._ranks._shards[:] = [dataclasses.replace(shard, let_go=let_go)]
+    target.close()
+    assert there == [True]
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    target.close()
+    assert there == [True]
 
 
 def test_a_rank_that_dies_fails_the_engine_at_once(split: TargetModel) -> None:

@@ -15,7 +15,7 @@ from helpers.tiny import TAPS, hf_model
 from transformers import GenerationConfig
 
 from dspark.errors import CheckpointError, ConfigError
-from dspark.models.sharding import Shard, load_part
+from dspark.models.sharding import Shard, check_split, load_part
 from dspark.models.target import TargetModel, TargetOutput
 
 # fp32: sums in other orders, of logits of about 4
@@ -126,6 +126,16 @@ def test_a_family_without_such_a_plan_is_refused(tmp_path: Path) -> None:
     hf_model("phi3").save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="a phi3 cannot be split: only families whose"):
         TargetModel.load(tmp_path, tensor_parallel=2)
+
+
+def test_what_a_plan_says_of_embeddings_is_not_asked() -> None:
+    """transformers 5.17 names them where they are tied; no part splits them here."""
+    config = hf_model().config
+    config.base_model_tp_plan = {**config.base_model_tp_plan, "embed_tokens": "embedding_rowwise"}
+    check_split(config, 2)
+    config.base_model_tp_plan = {**config.base_model_tp_plan, "layers.*.mlp.router": "colwise"}
+    with pytest.raises(CheckpointError, match="cannot be split"):
+        check_split(config, 2)
 
 
 def test_a_tensor_that_the_plan_forgets_is_refused(tmp_path: Path) -> None:
