@@ -68,7 +68,7 @@ _PRIOR = 16.0  # tokens' worth of belief in the confidences
 
 @dataclass(slots=True)
 class _Closed:
-    """A load at which drafting does not pay."""
+    """A load at which drafting does not pay, or did not until so lately that it may be a mistake."""
 
     pause: int = _FIRST_PAUSE  # the next one
     rest: int = 0  # rounds that are left of the pause under way
@@ -78,6 +78,7 @@ class _Closed:
     probes: int = 0  # so far
     since_wide: int = 0  # rounds since one drafted for all
     wides: int = 0  # probes that did, so far
+    since_open: int = 0  # rounds since it paid after all
 
 
 class DraftGate:
@@ -197,9 +198,13 @@ class DraftGate:
         load = load_of(requests)
         closed = self._closed[load]
         if self._size:
-            self._closed[load] = _Closed()
+            closed.rest = closed.probe = 0
+            closed.since_open += 1
+            if closed.since_open > closed.pause:
+                self._closed[load] = _Closed()
             # A round that an estimate has made longer is none to learn from.
             return min(self._size, most) if fresh else self._another(most)
+        closed.since_open = 0
         closed.since_wide += 1
         if closed.rest == 0 and closed.probe == 0:
             self._pause(closed, requests, most)

@@ -44,6 +44,8 @@ from dspark.types import DoubleArray
 _MEMORY = 15  # rounds that a median is over
 _SPEED_MEMORY = 5  # steps; a change of speed must be known before the other medians follow it
 _NEAR = 8  # steps within which kinds meet
+# Between the table's errors at one load and at the next: a load's first steps load kernels, too.
+_MOST_APART = 1.5
 _KNOWN = 8  # rounds that times may be old, where they are asked for each round
 _GRAIN = 32.0  # tokens of context, by which it must change to make a difference
 
@@ -298,8 +300,18 @@ class RoundTimes:
         if not load.level or (elsewhere and len(elsewhere) >= here):
             (own,) = self._usual_ratios([step])
             base = median(self._usual_ratios(elsewhere) or (1.0,))
-            load.level.add(own * self._correction(step.requests).level / base)
+            level = own * self._correction(step.requests).level / base
+            near = self._nearest_level(step.load)
+            if near is not None:
+                level = min(max(level, near / _MOST_APART), near * _MOST_APART)
+            load.level.add(level)
             self._corrections.clear()
+
+    def _nearest_level(self, name: int) -> float | None:
+        """Of the load that is nearest to this one and known."""
+        levels = {other: load.level.usual for other, load in self._loads.items() if load.level}
+        levels.pop(name, None)
+        return levels[min(levels, key=lambda other: abs(other - name))] if levels else None
 
     def _usual_ratios(self, steps: list[_Step]) -> list[float]:
         """Measured over usual."""
