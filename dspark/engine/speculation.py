@@ -77,7 +77,8 @@ class Speculation:
         self._verification = Verification(config, self._judges, self.classes, calibration)
         self._asked = 0  # length of blocks asked for in the round that ends with the next step
         self._narrow = False  # and that they are for a few of the requests
-        self._ended = 0, False  # the same of the round before
+        self._few_asked = False  # because the gate wants to see what texts are like
+        self._ended = 0, False, False  # the same of the round before
         self._drafting = 0  # length of blocks that the gate last let through
         self._rows = 1.0  # target rows of a request in the last step that decoded
         self._held = 0  # rows of all requests in the target's cache
@@ -249,20 +250,24 @@ class Speculation:
 
     def learn(self, of: Round) -> None:
         """Take in what a round took, after the next blocks are asked for and before it is again."""
-        asked, narrow = self._ended
+        asked, narrow, few = self._ended
+        times, round_ms = self._times, of.round_ms
         adaptive = self._plan.now.policy is VerificationPolicy.ADAPTIVE
-        learns = adaptive and not narrow and not of.first_use
-        if learns and self._times is not None and of.requests and of.round_ms is not None:
-            self._times.record(
-                requests=of.requests,
-                tokens=of.tokens,
-                drafted=asked,
-                step_ms=of.step_ms,
-                round_ms=of.round_ms,
-                waited_ms=of.waited_ms,
-                overlapped=of.overlapped,
-                prefill=of.prefill,
-            )
+        learns = adaptive and of.requests and not of.first_use
+        if times is not None and round_ms is not None and learns:
+            if few:
+                times.record_few(of.requests, round_ms - of.step_ms)
+            elif not narrow:
+                times.record(
+                    requests=of.requests,
+                    tokens=of.tokens,
+                    drafted=asked,
+                    step_ms=of.step_ms,
+                    round_ms=round_ms,
+                    waited_ms=of.waited_ms,
+                    overlapped=of.overlapped,
+                    prefill=of.prefill,
+                )
         if of.requests and not of.prefill:
             self._rows = of.tokens / of.requests
         if of.requests and of.round_ms is not None:
@@ -274,7 +279,8 @@ class Speculation:
         What the drafter is not sent now is sent when it is there again.
         """
         plan, lookup = self._plan.now, self._lookup
-        self._ended, self._asked, self._narrow = (self._asked, self._narrow), 0, False
+        self._ended = self._asked, self._narrow, self._few_asked
+        self._asked, self._narrow, self._few_asked = 0, False, False
         self._drafting = 0
         self._demand.rounds += 1
         sequences = [s for s in stepped if s.request.sampling.speculate]
@@ -306,7 +312,7 @@ class Speculation:
                 self._drafting = 0 if exchange is None else size
             else:
                 sequences = self._few(sequences, gate.width)
-                self._narrow = size > 0
+                self._narrow = self._few_asked = size > 0
         if exchange is not None:
             self._demand.count(None if judge is None else judge.gate)
             sizes = self._sizes(sequences, size, plan, judge)

@@ -68,7 +68,7 @@ _PRIOR = 16.0  # tokens' worth of belief in the confidences
 
 @dataclass(slots=True)
 class _Closed:
-    """A load at which drafting does not pay, or did not until so lately that it may be a mistake."""
+    """A load at which drafting does not pay, or did not a moment ago, which may be right."""
 
     pause: int = _FIRST_PAUSE  # the next one
     rest: int = 0  # rounds that are left of the pause under way
@@ -260,7 +260,10 @@ class DraftGate:
         overdue = known and closed.since_wide + closed.pause >= wide_from
         closed.narrow = hopeless and requests > _PROBE_WIDTH and not overdue
         if closed.narrow:
-            cost *= _PROBE_WIDTH / requests
+            # Most of what a GPU drafts in is the same for few and for many.
+            few_ms = self._times.few_ms(requests)
+            plain_ms = self._times.plain_ms(requests)
+            cost = cost * _PROBE_WIDTH / requests if few_ms is None else few_ms / plain_ms
         else:
             closed.since_wide, closed.wides = 0, closed.wides + 1
         closed.rest, closed.first = closed.pause, True

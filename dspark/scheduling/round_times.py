@@ -97,6 +97,7 @@ class _Load:
     wide_rows: Recent = field(default_factory=_recent)  # rows a request in wide steps
     plain_ms: Recent = field(default_factory=_recent)  # of a round beside its step
     drafting: LengthTimes = field(default_factory=LengthTimes)  # the same, with blocks
+    few_ms: Recent = field(default_factory=_recent)  # the same, with blocks for a few requests
     wait_ms: Recent = field(default_factory=_recent)  # for blocks, with nothing else to do
 
     @property
@@ -178,6 +179,10 @@ class RoundTimes:
         if drafted and not overlapped:
             load.wait_ms.add(waited_ms / self._slow)
 
+    def record_few(self, requests: int, beside_ms: float) -> None:
+        """A round had blocks for a few of its requests, and took so long beside its step."""
+        self._at(requests).few_ms.add(beside_ms / self._slow)
+
     def _take_in(
         self, load: _Load, requests: int, tokens: int, prefill: int, step_ms: float
     ) -> None:
@@ -225,6 +230,13 @@ class RoundTimes:
         # many, and rounds without drafts that are thought dear make drafting look cheap.
         beside = self._of(requests, lambda load: load.usual_plain_ms, grows=False)
         return self.step_ms(requests, requests) + beside * self._slow
+
+    def few_ms(self, requests: int) -> float | None:
+        """What blocks for a few of so many requests add to a round; None: not measured."""
+        load = self._at(requests)
+        if load.few_ms.usual is None:
+            return None
+        return max(0.0, load.few_ms.usual - (load.usual_plain_ms or 0.0)) * self._slow
 
     def draft_ms(
         self, requests: int, size: int, *, waits: bool = True, grows: bool = True

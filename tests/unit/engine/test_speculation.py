@@ -91,7 +91,7 @@ def experienced(
     for turn in range(60):
         drafted = turn // 10 % 2 == 0
         speculation._asked = GAMMA if drafted else 0
-        speculation._ended = speculation._asked, False
+        speculation._ended = speculation._asked, False, False
         tokens = requests * (GAMMA + 1 if drafted else 1)
         if drafted:
             speculation.verification(sequences([usual] * requests), 0, requests)
@@ -167,6 +167,20 @@ def test_greedy_requests_are_searched_for_whatever_the_planner(planner: str) -> 
     certain, hopeless = [1.0] * GAMMA, [0.0] * GAMMA
     assert speculation.verification(sequences([certain] * 2, 0.0), 0, 2) == [GAMMA, GAMMA]
     assert speculation.verification(sequences([hopeless] * 2, 0.0), 0, 2) == [0, 0]
+
+
+def test_rounds_with_blocks_for_a_few_are_learnt_from_apart() -> None:
+    speculation = experienced(DENTED, 6, [0.1] * GAMMA)
+    judge = speculation._judges.now
+    assert judge is not None
+    drafting_ms = judge.times.draft_ms(6, GAMMA)
+    assert judge.times.few_ms(6) is None
+    for few in (True, False):
+        # a few because the gate wants to see what texts are like, or because the plan has no more
+        speculation._ended = GAMMA, True, few
+        speculation.learn(Round(6, 12, 0, 10.0, 17.0, 3.0, False, False))
+        assert judge.times.few_ms(6) == pytest.approx(7.0)
+    assert judge.times.draft_ms(6, GAMMA) == drafting_ms
 
 
 def test_floors_are_drafted_for_behind_a_closed_gate() -> None:

@@ -37,11 +37,12 @@ class Verifier:
         prefill: int = 0,
         reading: int = 0,  # of the requests, those that are at their prompts
         believed: StepTimeTable = TABLE,
+        few_ms: float | None = None,  # that drafting for a few takes; None: in proportion
     ) -> None:
         self.times = RoundTimes(believed)
         self.gate = DraftGate(self.times)
         self.draft_ms, self.slower, self.prefill = draft_ms, slower, prefill
-        self.reading = reading
+        self.reading, self.few_ms = reading, few_ms
         self.sizes: Counter[int] = Counter()
         self.widths: Counter[int] = Counter()  # requests drafted for
         self.drafting_ms = 0.0
@@ -60,9 +61,13 @@ class Verifier:
                 self.gate.record([block[:size]] * width)
                 tokens += min(size, 2)
                 drafting_ms = self.draft_ms * (0.467 + 0.533 * size / MOST) * width / requests
+                if self.few_ms is not None and width < requests:
+                    drafting_ms = self.few_ms
             self.drafting_ms += drafting_ms
             step_ms = self.slower * TABLE.ms(requests, tokens, 0)
             if size and width < requests:
+                if self.few_ms is not None:
+                    self.times.record_few(requests, 0.5 + drafting_ms)
                 continue
             self.times.record(
                 requests=requests - self.reading,
@@ -110,6 +115,16 @@ def test_under_a_heavy_load_it_hardly_costs_anything_from_the_first_round() -> N
     verifier.drafting_ms = 0.0
     verifier.rounds(BAD, 5000, requests=32)
     assert verifier.drafting_ms < 0.005 * 5000 * 43.0
+
+
+def test_what_drafting_for_a_few_takes_is_measured_and_kept_to_its_share() -> None:
+    """A GPU drafts for four in the time that it takes for many more."""
+    verifier = Verifier(draft_ms=60.0, few_ms=20.0)
+    verifier.rounds(BAD, 3000, requests=32)
+    verifier.drafting_ms = 0.0
+    verifier.rounds(BAD, 6000, requests=32)
+    assert 0 < verifier.widths[4] < 0.02 * 6000
+    assert verifier.drafting_ms < 0.008 * 6000 * 42.5
 
 
 def test_a_few_requests_show_that_drafting_pays_for_all() -> None:
