@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from dspark.engine.features import FeatureStore
 from dspark.engine.judges import Judge, Judges
 from dspark.engine.lookup import PromptLookup
 from dspark.engine.plan_in_force import PlanInForce
+from dspark.engine.rounds import Round
 from dspark.engine.sequence import Sequence
 from dspark.engine.verification import Verification, freest_search
 from dspark.kernels.attention_plan import PAGE_SIZE
@@ -36,20 +36,6 @@ from dspark.scheduling.survival import survival
 from dspark.types import StepPlan, VerificationPolicy, VerificationResult
 
 _SPLIT_GAIN = 0.95  # a round is halved for no less than this
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """A step, and all since the one before."""
-
-    requests: int  # for which a token was decided
-    tokens: int  # that went through the target
-    prefill: int  # of prompts, among them
-    step_ms: float
-    round_ms: float | None  # None: the engine rested in between
-    waited_ms: float  # of it, for blocks
-    overlapped: bool  # others were drafted for meanwhile
-    first_use: bool  # something was captured in it, which takes its time once
 
 
 class Speculation:

@@ -16,14 +16,16 @@ import torch
 
 from dspark.config import EngineConfig
 from dspark.decoding.acceptance import Verdict
+from dspark.engine.accounts import StepAccounts
 from dspark.engine.draft_link import DraftLink
 from dspark.engine.exchange import DraftExchange
 from dspark.engine.features import FeatureStore
 from dspark.engine.judge import Judged, judge
 from dspark.engine.lookup import PromptLookup
 from dspark.engine.roster import Roster
+from dspark.engine.rounds import Round
 from dspark.engine.sequence import Sequence
-from dspark.engine.speculation import Round, Speculation
+from dspark.engine.speculation import Speculation
 from dspark.errors import ConfigError, DSparkError, QueueTimeoutError
 from dspark.kernels.attention_plan import plan_attention
 from dspark.kernels.cpu import operators
@@ -33,8 +35,7 @@ from dspark.models.kv_cache import PagedKVCache
 from dspark.models.target import TargetBatch, TargetModel
 from dspark.scheduling.autoscaling.signals import DraftCounts
 from dspark.scheduling.calibration import CalibrationInUse
-from dspark.scheduling.explanation import StepExplanation, StepRecord, StepRecords
-from dspark.scheduling.outcomes import OutcomeSample
+from dspark.scheduling.explanation import StepExplanation
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.types import (
     Request,
@@ -102,15 +103,12 @@ class VerifierEngine:
             block_size=block_size,
             calibration=calibration or CalibrationInUse(block_size, ""),
         )
-        self._sample = OutcomeSample(block_size)
-        self._records = StepRecords()
-        self._steps = 0
+        self._accounts = StepAccounts(block_size)
         self._forward_ended: float | None = None
         self._captured = Capture.made  # until then
         self._overlaps = target.device.type == "cuda"  # the host may go on beside a forward
         self._unlearnt: Round | None = None  # the last round, until it has been learnt from
         self.drafting_s = 0.0  # features projected, blocks asked for and waited for
-        self.last_report: StepReport | None = None
 
     @property
     def table(self) -> StepTimeTable | None:
@@ -240,9 +238,14 @@ class VerifierEngine:
         """What was done about a drafter, since the start. For any thread."""
         return self._speculation.counts
 
+    @property
+    def last_report(self) -> StepReport | None:
+        """Of the last step; None before the first."""
+        return self._accounts.last_report
+
     def explain(self, count: int) -> list[StepExplanation]:
         """The last steps, up to `count` of KEPT_STEPS, the latest last. For any thread."""
-        return self._records.last(count)
+        return self._accounts.explain(count)
 
     def set_plan(self, plan: StepPlan) -> None:
         """Follow `plan` until its validity ends, then the configuration again."""
@@ -291,9 +294,9 @@ class VerifierEngine:
         self._unlearnt = this
         if not self._overlaps:
             self._learn()
-        if not looked_up:
-            self._sample.add(results)
-        self._report(this, results, ended)
+        self._accounts.add(
+            this, results, ended, self._speculation, self.roster, drafted=not looked_up
+        )
         self.roster.settle(stepped)
         if not self.has_work:
             self._forward_ended = None
@@ -394,41 +397,3 @@ class VerifierEngine:
 
     def _free_session(self, session: str) -> None:
         self._speculation.free(session)
-
-    # -- accounts -----------------------------------------------------------------------------
-
-    def _report(self, this: Round, results: list[VerificationResult], ended: float) -> None:
-        self._steps += 1
-        width, planned = self.block_size, self._speculation.planned
-        decoded = results[len(results) - planned.requests :]  # behind those of prompts
-        _, waiting, free, total = self.load
-        self.last_report = StepReport(
-            step=self._steps,
-            step_ms=this.step_ms,
-            draft_wait_ms=this.waited_ms,
-            decode_requests=this.requests,
-            waiting_requests=waiting,
-            tokens=this.tokens,
-            prefill_tokens=this.prefill,
-            drafted=sum(result.drafted for result in results),
-            verified_by_position=_by_position([r.verified for r in results], width),
-            accepted_by_position=_by_position([r.accepted for r in results], width),
-            committed=sum(len(result.token_ids) for result in results),
-            free_pages=free,
-            total_pages=total,
-            calibration_epoch=self.calibration.epoch,
-            calibrations_refused=self.calibration.refused,
-            outcomes=self._sample.take(self.calibration.scales),
-            classes=self._speculation.classes.loads(self.roster.running.values()),
-            predicted_tokens=0.0 if planned.found is None else planned.found.expected,
-            predicted_ms=0.0 if planned.found is None else planned.found.round_ms,
-            decoded_tokens=sum(len(result.token_ids) for result in decoded),
-            round_ms=this.round_ms or 0.0,
-        )
-        self._records.add(StepRecord.of(planned, self.last_report, ended, decoded))
-
-
-def _by_position(lengths: list[int], width: int) -> tuple[int, ...]:
-    """How many requests reached each block position."""
-    reached = np.array(lengths, dtype=np.int64)[:, None] > np.arange(width)
-    return tuple(reached.sum(axis=0).tolist())

@@ -7,10 +7,8 @@ it might ask for, and compares with rounds without. What it knows of blocks hold
 what it knows of times, it learns by load, and guesses a load that it has not seen from others. Such
 a guess is soon put to the test, both ways.
 
-While it is closed, a few rounds in a row are drafted now and then, since texts change and machines
-do: the first rounds after a start are often slow. Pauses grow until the time that this takes is a
-small share, for each load by itself, since loads come and go. Where drafting clearly loses, a few
-of many requests are drafted for: they show what texts are like, at a fraction of the cost.
+While it is closed, drafting is tried now and then (dspark.scheduling.closed_load), at each load for
+itself, since loads come and go.
 
 While it is open, every so often another length is asked for than the best, and nothing at all, for
 the same reason: what a round without drafts takes is half of every comparison.
@@ -22,10 +20,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from dspark.scheduling.closed_load import DOUBT, LEAST_GAIN, LONGEST_PAUSE, PROBE_WIDTH, ClosedLoad
 from dspark.scheduling.planner import Search, best_count
 from dspark.scheduling.round_times import RoundTimes, load_of
 from dspark.types import DoubleArray, FloatArray
@@ -40,21 +38,6 @@ _NONE_ROUNDS = 4  # without drafts in a row: the first is not like others
 _FIRST_LOOK = 6  # rounds before the first of those at a load
 _LOOK_GROWTH = 4  # and before each further one, until they are as far apart as their cost wants
 _OTHER_ROUNDS = 2  # of another length in a row, for the same reason
-_PROBE_ROUNDS = 3  # in a row, so that what only the first of them suffers from does not count
-_PROBE_WIDTH = 4  # requests that a probe drafts for where it cannot be close
-_CLOSE_CALL = 0.9  # gain; what is below is not put down to a mistake about times
-_WIDE_SHARE = 0.002  # of the time, spent on drafting for all where it looks hopeless
-# Rounds before that is first done if it would pay with the half of what it seems to cost: a load's
-# first rounds are often odd ones.
-_FIRST_WIDE, _DOUBT = 64, 0.5
-_WIDE_GROWTH = 4  # and before each further time, until the share is kept
-_UNMEASURED_PROBES = 2  # before drafting for all is timed at a load, however bad it looks
-_PROBE_SHARE = 0.004  # of the time, spent on probing in the long run
-_FIRST_PAUSE, _LONGEST_PAUSE = 16, 2048  # rounds
-_HOPEFUL_PROBES = 3  # that come soon at a load where drafting may pay and has not been timed
-_SHORT_PAUSE = 4  # before each of them
-_PAUSE_GROWTH = 4  # a start is over after few probes, and what loses then mostly goes on losing
-_LEAST_GAIN = 1.0
 # Gain over verifying whole blocks, from which they are trimmed: more than times may be wrong by.
 _LEAST_TRIMMING = 1.005  # where steps are padded to sizes, and those were measured
 _LEAST_TRIMMING_BETWEEN = 1.02  # where they are read off lines between lengths that were measured
@@ -64,21 +47,6 @@ _USUAL_WEIGHT = 0.05  # of the latest round
 _OUTCOMES = 256.0  # accepted tokens that the yield is over
 _TINY = np.float32(1e-30)
 _PRIOR = 16.0  # tokens' worth of belief in the confidences
-
-
-@dataclass(slots=True)
-class _Closed:
-    """A load at which drafting does not pay, or did not a moment ago, which may be right."""
-
-    pause: int = _FIRST_PAUSE  # the next one
-    rest: int = 0  # rounds that are left of the pause under way
-    probe: int = 0  # and of the probe after it
-    first: bool = False  # of that probe, the next round
-    narrow: bool = False  # that probe: it drafts for a few requests
-    probes: int = 0  # so far
-    since_wide: int = 0  # rounds since one drafted for all
-    wides: int = 0  # probes that did, so far
-    since_open: int = 0  # rounds since it paid after all
 
 
 class DraftGate:
@@ -108,7 +76,7 @@ class DraftGate:
         self._looking = False  # rounds without drafts are run to learn
         self._other = self._others = 0  # that is learnt of now, and for how many rounds yet
         self._looks: defaultdict[int, int] = defaultdict(int)  # by load: runs without drafts so far
-        self._closed: defaultdict[int, _Closed] = defaultdict(_Closed)  # by load
+        self._closed: defaultdict[int, ClosedLoad] = defaultdict(ClosedLoad)  # by load
         self.width: int | None = None  # requests that the next blocks are for; None: all
         self.planning_ms = 0.0  # that a step waits for where not all of its blocks are verified
 
@@ -150,7 +118,7 @@ class DraftGate:
         Many in those that are run to learn of rounds without: these send no context ahead either.
         """
         if self._looking:
-            return _LONGEST_PAUSE
+            return LONGEST_PAUSE
         return 0 if self._size else self._closed[load_of(self._requests)].rest
 
     @property
@@ -179,7 +147,7 @@ class DraftGate:
         """Whether blocks should pay at this load by what is known, though none can be had now."""
         sizes = lengths(most)
         return not self._known or any(
-            self.gain(requests, size, latency_ms, search) > _LEAST_GAIN for size in sizes
+            self.gain(requests, size, latency_ms, search) > LEAST_GAIN for size in sizes
         )
 
     def block_size(self, requests: int, most: int) -> int:
@@ -198,24 +166,15 @@ class DraftGate:
         load = load_of(requests)
         closed = self._closed[load]
         if self._size:
-            closed.rest = closed.probe = 0
-            closed.since_open += 1
-            if closed.since_open > closed.pause:
-                self._closed[load] = _Closed()
+            if closed.open():
+                del self._closed[load]
             # A round that an estimate has made longer is none to learn from.
             return min(self._size, most) if fresh else self._another(most)
-        closed.since_open = 0
-        closed.since_wide += 1
+        closed.round()
         if closed.rest == 0 and closed.probe == 0:
             self._pause(closed, requests, most)
-        self.width = _PROBE_WIDTH if closed.narrow else None
-        if closed.rest:
-            closed.rest -= 1
-            return 0
-        closed.probe -= 1
-        # The whole block first, to see the text as it is now; then what may pay.
-        first, closed.first = closed.first, False
-        return most if first else min(self._best or most, most)
+        self.width = PROBE_WIDTH if closed.narrow else None
+        return closed.size(min(self._best or most, most), most)
 
     def due(self, requests: int) -> bool:
         """Whether the next `block_size` wants another estimate first."""
@@ -245,38 +204,22 @@ class DraftGate:
         """Whether this is another load than that of the last estimate."""
         return not self._gains or load_of(requests) != load_of(self._requests)
 
-    def _pause(self, closed: _Closed, requests: int, most: int) -> None:
-        """The next pause, and the probe after it."""
-        known = self._times.knows_drafting(requests)
-        cost = self._times.draft_ms(requests, most) / self._times.plain_ms(requests)
-        hopeless = self._gain < _CLOSE_CALL and (known or closed.probes < _UNMEASURED_PROBES)
-        if hopeful := self._hope > _LEAST_GAIN and not known and closed.probes < _HOPEFUL_PROBES:
-            hopeless = False
-        # What a few blocks do not show is what rounds with blocks for all take. That may have been
-        # measured at an odd moment, or have been so then.
-        wide_from = _PROBE_ROUNDS * cost / _WIDE_SHARE
-        if self._doubt > _LEAST_GAIN:
-            wide_from = min(wide_from, _FIRST_WIDE * _WIDE_GROWTH**closed.wides)
-        overdue = known and closed.since_wide + closed.pause >= wide_from
-        closed.narrow = hopeless and requests > _PROBE_WIDTH and not overdue
-        if closed.narrow:
-            # Most of what a GPU drafts in is the same for few and for many.
-            few_ms = self._times.few_ms(requests)
-            plain_ms = self._times.plain_ms(requests)
-            cost = cost * _PROBE_WIDTH / requests if few_ms is None else few_ms / plain_ms
-        else:
-            closed.since_wide, closed.wides = 0, closed.wides + 1
-        closed.rest, closed.first = closed.pause, True
-        if hopeful:
-            closed.rest = _SHORT_PAUSE
-        closed.probe = _PROBE_ROUNDS + (overdue or not known)  # times leave the first out
-        closed.probes += 1
-        enough = int(max(_PROBE_ROUNDS * cost / _PROBE_SHARE, _FIRST_PAUSE))
-        closed.pause = min(_PAUSE_GROWTH * closed.pause, enough, _LONGEST_PAUSE)
+    def _pause(self, closed: ClosedLoad, requests: int, most: int) -> None:
+        times, plain_ms = self._times, self._times.plain_ms(requests)
+        few_ms = times.few_ms(requests)
+        closed.begin(
+            requests,
+            times.draft_ms(requests, most) / plain_ms,
+            None if few_ms is None else few_ms / plain_ms,
+            known=times.knows_drafting(requests),
+            gain=self._gain,
+            hope=self._hope,
+            doubt=self._doubt,
+        )
 
     def _another(self, most: int) -> int:
         """While open: the best length but for rounds that are run to learn."""
-        best, gain = min(self._size, most), max(self._gain, _LEAST_GAIN)
+        best, gain = min(self._size, most), max(self._gain, LEAST_GAIN)
         self._since_none += 1
         self._since_other += 1
         load = load_of(self._requests)
@@ -315,11 +258,11 @@ class DraftGate:
         if gains.get(self._size, 0.0) * _BETTER > gains[best]:
             best = self._size
         self._best, self._gains = best, gains
-        self._size = best if gains[best] > (_CLOSE_BELOW if self._size else _LEAST_GAIN) else 0
+        self._size = best if gains[best] > (_CLOSE_BELOW if self._size else LEAST_GAIN) else 0
         self._guessed = self._size > 0 and not self._times.knows_length(requests, self._size)
         if not self._size:
             self._doubt = max(
-                self.gain(requests, size, latency_ms, search, doubt=_DOUBT) for size in gains
+                self.gain(requests, size, latency_ms, search, doubt=DOUBT) for size in gains
             )
 
     def gain(

@@ -206,6 +206,6 @@ def test_records_hold_no_tokens() -> None:
     work = DraftWork.__name__  # what goes to drafters may hold them; what is kept for people not
     engine = tiny_engine(TARGET, link=scripted(request()))
     stepped(engine, 5, request())
-    text = repr(engine._records._ring)
+    text = repr(engine._accounts._records._ring)
     assert "token_ids" not in text
     assert work not in text

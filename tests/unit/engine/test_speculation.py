@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark.config import ServiceClass
+from dspark.engine.rounds import Round
 from dspark.engine.sequence import Sequence
-from dspark.engine.speculation import Round, Speculation
+from dspark.engine.speculation import Speculation
 from dspark.scheduling.explanation import Basis
 from dspark.scheduling.step_table import StepTimeTable
 from dspark.scheduling.survival import survival
