@@ -235,7 +235,7 @@ class Speculation:
         self._verification.settle(results)
 
     def learn(self, of: Round) -> None:
-        """Take in what a round took, after the next blocks are asked for and before it is again."""
+        """Take in what a round took, before the blocks after the next are asked for."""
         asked, narrow, few = self._ended
         times, round_ms = self._times, of.round_ms
         adaptive = self._plan.now.policy is VerificationPolicy.ADAPTIVE
