@@ -49,12 +49,11 @@ class _AtHand:
     block_size: int
     prefill: int
     search: Search
-    ceiling: int | None
 
     @property
     def whole(self) -> bool:
         """Whether all are verified, by what earlier rounds say."""
-        return self.search == "ranked" and (self.ceiling or 0) >= sum(self.sizes)
+        return self.search == "ranked" and (self.planned.ceiling or 0) >= sum(self.sizes)
 
     def rounds_ms(self, least: int, most: int) -> DoubleArray:
         """Of rounds with so many target tokens."""
@@ -124,7 +123,15 @@ class Verification:
             search, ceiling = "ranked", min(capacity, ceiling or capacity)
         self.planned = Planned(plan, Basis(search), *of, ceiling)
         at_hand = _AtHand(
-            self.planned, judge, decoding, sizes, asked, alone, size, prefill, search, ceiling
+            planned=self.planned,
+            judge=judge,
+            decoding=decoding,
+            sizes=sizes,
+            asked=asked,
+            alone=alone,
+            block_size=size,
+            prefill=prefill,
+            search=search,
         )
         if at_hand.whole:
             self._unstudied = at_hand  # all are verified, whatever is expected of them
@@ -174,12 +181,12 @@ class Verification:
         reserved = None
         if wanted is not None:
             rank = np.ones(len(decoding)) if weights is None else weights
-            reserved = reserve(survivals, wanted, rank, at_hand.ceiling)
+            reserved = reserve(survivals, wanted, rank, at_hand.planned.ceiling)
         return plan_lengths(
             survivals,
             at_hand.rounds_ms,
             extra_tokens=at_hand.prefill,
-            ceiling=at_hand.ceiling,
+            ceiling=at_hand.planned.ceiling,
             search=at_hand.search,
             weights=weights,
             reserved=reserved,

@@ -291,7 +291,9 @@ class DraftGate:
             least_ms = min(least_ms, halved)
         plain_ms = self._times.plain_ms(requests)
         least_ms -= doubt * max(0.0, least_ms - plain_ms)
-        return float(committed[best]) / least_ms / (requests / plain_ms)
+        gain = float(committed[best]) / least_ms / (requests / plain_ms)
+        # If no token is worth verifying, what seems a gain is one of the times' own errors.
+        return gain if best else min(gain, LEAST_GAIN)
 
     def capacity(self, requests: int, size: int, extra_tokens: int = 0) -> int | None:
         """Draft tokens worth verifying beside `extra_tokens`; None: nothing is known yet.

@@ -325,6 +325,24 @@ def test_pauses_at_one_load_outlast_a_stay_at_another() -> None:
     assert spent < 20
 
 
+def test_blocks_of_which_nothing_is_verified_never_pay() -> None:
+    """Rounds with them were timed at moments a little better than those without."""
+    times = RoundTimes(TABLE)
+    for drafted in (0, MOST) * 6:
+        for _ in range(3):
+            beside_ms = 1.0 if drafted else 3.0
+            times.record(
+                requests=32, tokens=32, drafted=drafted, step_ms=42.0, round_ms=42.0 + beside_ms
+            )
+    gate = DraftGate(times)
+    gate.record([np.full(MOST, 1e-3, dtype=np.float32)] * 32)
+    assert times.plain_ms(32) > times.step_ms(32, 32) + times.draft_ms(32, MOST)
+    assert gate.capacity(32, MOST) == 0
+    assert gate.gain(32, MOST) == 1.0
+    assert not gate.would_pay(32, MOST)
+    assert gate.block_size(32, MOST) == 0
+
+
 def test_who_opens_by_mistake_does_not_start_over() -> None:
     """On a noisy machine what is lost by each mistake must stay a small share."""
     verifier = Verifier(draft_ms=12.0)
